@@ -1,0 +1,299 @@
+"Laws and oracles of sedm_kit.metrics."
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sedm_kit.metrics import (Difference, Estimate, FeatureStats, fd, fd_blocks, fd_with_error, frechet_distance, match_moments, moment_map,
+                              paired_difference, real_floor, shape_sliced_wasserstein, symmetric_root)
+
+
+def normal(n, d, seed=0, scale=1.0, shift=0.0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(shift, scale, (n, d)))
+
+
+def covariance(d, seed, rank=None):
+    half = np.random.default_rng(seed).normal(size=(d, rank or 2 * d))
+    return half @ half.T / (rank or 2 * d)
+
+
+def rotation(d, seed):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+
+
+def by_sqrtm(mu1, a, mu2, b):
+    return float(np.sum((mu1 - mu2) ** 2) + np.trace(a) + np.trace(b) - 2 * np.trace(scipy.linalg.sqrtm(a @ b)).real)
+
+
+# ---- FeatureStats
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), n=st.integers(2, 40), d=st.integers(1, 5), offset=st.sampled_from([0.0, 1e3, -1e6]), seed=st.integers(0, 999))
+def test_any_split_and_any_merge_order_give_numpys_covariance(data, n, d, offset, seed):
+    rows = normal(n, d, seed) + offset
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=5)))
+    parts = [FeatureStats.of(rows[low:high], batch=data.draw(st.integers(1, 9))) for low, high in zip([0, *cuts], [*cuts, n])]
+    parts = data.draw(st.permutations(parts))
+    while len(parts) > 1:  # merge a random neighbouring pair: any tree, not only a chain
+        k = data.draw(st.integers(0, len(parts) - 2))
+        parts[k: k + 2] = [parts[k].merge(parts[k + 1])]
+    found = parts[0]
+    assert found.n == n
+    tolerance = 1e-9 if offset else 1e-12
+    np.testing.assert_allclose(found.mean, rows.numpy().mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.cov, np.cov(rows.numpy(), rowvar=False).reshape(d, d), rtol=tolerance, atol=tolerance)
+
+
+def test_stats_take_images_arrays_and_float32():
+    images = torch.rand(30, 3, 4, 4)
+    flat = FeatureStats.of(images.flatten(1).numpy())
+    assert torch.equal(FeatureStats.of(images).cov, flat.cov)
+    assert flat.cov.dtype == flat.mean.dtype == torch.float64 and flat.dim == 48
+    assert repr(flat) == "FeatureStats(n=30, dim=48)" and repr(FeatureStats()) == "FeatureStats(n=0, dim=unknown)"
+
+
+def test_merge_leaves_the_other_and_earlier_results_unchanged():
+    first, second, empty = FeatureStats.of(normal(9, 3)), FeatureStats.of(normal(7, 3, 1)), FeatureStats()
+    kept, before = second.cov.clone(), first.mean
+    held = before.clone()
+    empty.merge(second).update(normal(5, 3, 2))
+    first.merge(second).merge(FeatureStats())
+    assert torch.equal(second.cov, kept) and second.n == 7 and first.n == 16 and torch.equal(before, held)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(value):
+    rows = normal(6, 3)
+    rows[4, 1] = value
+    with pytest.raises(ValueError, match="1 of 6 feature rows hold NaN or infinity, the first is row 4"):
+        FeatureStats().update(rows)
+
+
+def test_stats_errors():
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 5\)"):
+        FeatureStats().update(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match="have 4 dimensions, but these statistics hold 3"):
+        FeatureStats.of(normal(5, 3)).update(normal(5, 4))
+    with pytest.raises(ValueError, match="have 4 dimensions, but these statistics hold 3"):
+        FeatureStats.of(normal(5, 3)).merge(FeatureStats.of(normal(5, 4)))
+    with pytest.raises(ValueError, match="seen 0 rows, expected at least 1"):
+        FeatureStats().mean
+    with pytest.raises(ValueError, match="seen 1 rows, expected at least 2"):
+        FeatureStats.of(normal(1, 3)).cov
+
+
+# ---- Frechet distance
+
+@settings(max_examples=25, deadline=None)
+@given(d=st.integers(1, 8), seed=st.integers(0, 10_000))
+def test_frechet_agrees_with_sqrtm_is_symmetric_and_rotation_invariant(d, seed):
+    rng = np.random.default_rng(seed)
+    mu1, mu2, a, b, q = rng.normal(size=d), rng.normal(size=d), covariance(d, seed + 1), covariance(d, seed + 2), rotation(d, seed)
+    value = frechet_distance(mu1, a, mu2, b)
+    assert value == pytest.approx(by_sqrtm(mu1, a, mu2, b), abs=1e-8)
+    assert value == pytest.approx(frechet_distance(mu2, b, mu1, a), abs=1e-8)
+    assert value == pytest.approx(frechet_distance(q @ mu1, q @ a @ q.T, torch.from_numpy(q @ mu2), torch.from_numpy(q @ b @ q.T)), abs=1e-8)
+    assert frechet_distance(mu1, a, mu1, a) == pytest.approx(0, abs=1e-7)
+
+
+def test_commuting_covariances_in_closed_form():
+    q, s, t = rotation(6, 3), np.array([0, 0.5, 1, 2, 3, 4.0]), np.array([1, 0, 2, 1, 0.1, 4.0])
+    value = frechet_distance(np.zeros(6), q * s**2 @ q.T, np.full(6, 0.5), q * t**2 @ q.T)
+    assert value == pytest.approx(6 * 0.25 + np.sum((s - t) ** 2), rel=1e-7)
+    assert frechet_distance([0.0], [[4.0]], [1.0], [[9.0]]) == pytest.approx(2.0)
+
+
+def test_rank_deficient_covariances_stay_real_and_right():
+    a, b = covariance(60, 0, rank=20), covariance(60, 1, rank=15)
+    root = np.linalg.svd(np.random.default_rng(1).normal(size=(60, 15)).T @ np.random.default_rng(0).normal(size=(60, 20)), compute_uv=False).sum() / 300**0.5
+    value = frechet_distance(np.zeros(60), a, np.zeros(60), b)  # with A = G G', B = H H' the cross term is the nuclear norm of H'G
+    assert isinstance(value, float) and value == pytest.approx(np.trace(a) + np.trace(b) - 2 * root, abs=1e-5)
+    assert frechet_distance(np.zeros(60), a, np.zeros(60), np.zeros((60, 60))) == pytest.approx(np.trace(a))
+
+
+def test_symmetric_root_and_given_root():
+    a, b = torch.from_numpy(covariance(7, 0)), covariance(7, 1)
+    root = symmetric_root(a)
+    torch.testing.assert_close(root @ root, a)
+    torch.testing.assert_close(root, root.T)
+    assert frechet_distance(np.zeros(7), a, np.ones(7), b, root1=root) == frechet_distance(np.zeros(7), a, np.ones(7), b)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((np.zeros(3), np.eye(2), np.zeros(3), np.eye(3)), r"mu1 \(f,\) and cov1 \(f, f\), got \(3,\) and \(2, 2\)"),
+    ((np.zeros(3), np.eye(3), np.zeros((3, 1)), np.eye(3)), "mu2"),
+    ((np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "3 with 2 feature dimensions"),
+    ((np.zeros(2), np.eye(2), np.zeros(2), np.array([[1, np.nan], [np.nan, 1]])), "cov2 holds NaN"),
+    ((np.zeros(2), np.array([[1, 0.5], [0, 1]]), np.zeros(2), np.eye(2)), "cov1 is not symmetric"),
+])
+def test_frechet_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(*arguments)
+
+
+# ---- error bars
+
+def test_estimate_numbers_and_print():
+    found = Estimate([0.40, 0.41, 0.42, 0.43, 0.40], 100)
+    assert found.mean == pytest.approx(0.412) and found.n_blocks == 5
+    assert found.error == pytest.approx(np.std(found.values, ddof=1) / 5**0.5)
+    assert found.ci == pytest.approx(2.776445 * found.error, rel=1e-6)
+    assert repr(found) == "0.4120 ± 0.0058 (5 blocks)"
+    assert repr(Estimate([1, 1])) == "1.0000 ± 0.0000 (2 blocks)" and repr(Estimate([100, 150, 200])) == "150 ± 29 (3 blocks)"
+    assert json.loads(json.dumps(found.as_dict()))["block_size"] == 100
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")]])
+def test_estimate_needs_two_finite_blocks(values):
+    with pytest.raises(ValueError, match="at least 2 finite block values"):
+        Estimate(values)
+
+
+def test_blocks_agree_with_one_at_a_time():
+    reference, blocks = FeatureStats.of(normal(300, 5, 9)), normal(120, 5).view(4, 30, 5)
+    expected = [fd(FeatureStats.of(block), reference) for block in blocks]
+    np.testing.assert_allclose(fd_blocks(blocks, reference), expected, rtol=1e-10)
+    np.testing.assert_allclose(fd_blocks([FeatureStats.of(block) for block in blocks], normal(300, 5, 9)), expected, rtol=1e-10)
+    assert fd_with_error(blocks, reference).block_size == 30
+
+
+def test_unequal_blocks_and_single_blocks_are_refused():
+    reference = FeatureStats.of(normal(50, 3))
+    with pytest.raises(ValueError, match=r"equal size, got \[20, 21\]"):
+        fd_with_error([normal(20, 3), normal(21, 3)], reference)
+    for blocks in ([], [normal(20, 3)]):
+        with pytest.raises(ValueError, match="at least 2"):
+            fd_with_error(blocks, reference)
+
+
+def test_intervals_cover_the_truth_at_the_nominal_rate():
+    repeats, blocks, n, d = 600, 5, 100, 3
+    reference = FeatureStats()
+    reference.n, reference._mean, reference._scatter = 10**9, torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64) * (10**9 - 1)
+    values = fd_blocks(normal(repeats * blocks * n, d, 5, scale=1.1).view(-1, n, d), reference).reshape(repeats, blocks)
+    truth = values.mean()  # of FD at this n; its own error is 55 times smaller than an interval's
+    covered = np.mean([abs(found.mean - truth) < found.ci for found in map(Estimate, values)])
+    assert abs(covered - 0.95) < 0.03  # three standard deviations of the simulation: 3 sqrt(.95 * .05 / 600) = .027
+    within_error = np.mean([abs(found.mean - truth) < found.error for found in map(Estimate, values)])
+    assert abs(within_error - 0.626) < 0.06  # one standard error, t with 4 degrees of freedom: 62.6 %
+
+
+def test_pairing_under_common_seeds_beats_separate_seeds():
+    reference = FeatureStats.of(normal(5000, 4, 77))
+    draws = [normal(200, 4, seed) for seed in range(6)]
+    a, b = (fd_with_error([scale * rows for rows in draws], reference) for scale in (1.05, 1.04))
+    change = paired_difference(a, b)
+    assert isinstance(change, Difference) and change.mean == pytest.approx(a.mean - b.mean)
+    assert change.unpaired_error == pytest.approx(np.hypot(a.error, b.error))
+    assert change.gain > 5 and change.error < change.unpaired_error / 5
+    assert change.unpaired_ci == pytest.approx(2.228139 * change.unpaired_error, rel=1e-6)
+    assert change.as_dict()["unpaired_error"] == change.unpaired_error
+    assert repr(change).endswith(")") and "(6 blocks, unpaired ± " in repr(change)
+    assert paired_difference(a.values, b.values).values == change.values
+    assert paired_difference(a, a).gain == float("inf")
+
+
+def test_pairs_must_match():
+    with pytest.raises(ValueError, match="2 blocks of 10 images against 3 blocks of 10"):
+        paired_difference(Estimate([1, 2], 10), Estimate([1, 2, 3], 10))
+    with pytest.raises(ValueError, match="2 blocks of 10 images against 2 blocks of 20"):
+        paired_difference(Estimate([1, 2], 10), Estimate([1, 2], 20))
+
+
+# ---- floor and control
+
+def test_floor_is_what_fresh_samples_of_the_empirical_law_show():
+    real = normal(400, 4, 1)
+    floor = real_floor(real, n=100, blocks=40, seed=3)
+    leading = 4 / 100 + (4 * 5 / 2) / (4 * 100) * 2 * 1.0  # tr(cov)/n + E[|cov error|^2]/4 with unit covariance: d/n + d(d+1)/4n
+    assert floor.block_size == 100 and floor.n_blocks == 40
+    assert floor.mean == pytest.approx(leading, rel=0.25)
+    assert real_floor(real, n=100, blocks=40, seed=3) == floor != real_floor(real, n=100, blocks=40, seed=4)
+    assert real_floor(real, n=1600, blocks=10).mean < floor.mean / 10  # with replacement beyond what is there
+
+
+def test_floor_against_a_separate_reference_uses_every_image_once():
+    real, reference = normal(60, 2, 1), FeatureStats.of(normal(500, 2, 2))
+    floor = real_floor(real, n=20, blocks=3, seed=0, reference=reference)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(3, 20)
+    np.testing.assert_allclose(floor.values, fd_blocks(real[order], reference), rtol=1e-12)
+    assert sorted(order.flatten().tolist()) == list(range(60))
+    with pytest.raises(ValueError, match="n=1 and blocks=3"):
+        real_floor(real, n=1, blocks=3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(d=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_full_match_is_exact_and_the_optimal_transport(d, seed):
+    images, reference = normal(60, d, seed) @ torch.from_numpy(rotation(d, seed)) + 2, FeatureStats.of(normal(80, d, seed + 1, scale=0.3))
+    moved = match_moments(images, reference)
+    found = FeatureStats.of(moved)
+    torch.testing.assert_close(found.mean, reference.mean, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.cov, reference.cov, rtol=0, atol=1e-8)
+    source = FeatureStats.of(images)
+    cost = float((moved - images).square().sum(1).sum() / (len(images) - 1) - len(images) / (len(images) - 1) * (source.mean - reference.mean).square().sum())
+    frechet = fd(source, reference) - float((source.mean - reference.mean).square().sum())
+    assert cost == pytest.approx(frechet, abs=1e-8)  # no other affine map is cheaper: the cost is the distance itself
+
+
+def test_diagonal_match_scales_the_references_modes_only():
+    images, reference = normal(500, 5, 0), FeatureStats.of(normal(500, 5, 1) * torch.arange(1, 6))
+    found = FeatureStats.of(match_moments(images, reference, "diagonal"))
+    values, modes = torch.linalg.eigh(reference.cov)
+    torch.testing.assert_close((modes.T @ found.cov @ modes).diagonal(), values)
+    assert (found.cov - reference.cov).abs().max() > 1e-3  # correlations between modes stay
+    assert fd(found, reference) < fd(FeatureStats.of(images), reference) / 10
+
+
+def test_match_with_another_source_keeps_shape_and_constant_pixels():
+    images = torch.randn(50, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    real = torch.randn(90, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    real[:, 0, 0, 0] = -1.0
+    reference, source = FeatureStats.of(real), FeatureStats.of(torch.randn(70, 1, 3, 3, generator=torch.Generator().manual_seed(2)))
+    moved = match_moments(images, reference, source=source)
+    assert moved.shape == images.shape and moved.dtype == torch.float64
+    torch.testing.assert_close(moved[:, 0, 0, 0], torch.full((50,), -1.0, dtype=torch.float64), atol=1e-7, rtol=0)
+    matrix = moment_map(source, reference)
+    torch.testing.assert_close(matrix @ source.cov @ matrix, reference.cov, rtol=0, atol=1e-8)
+    assert fd(FeatureStats.of(moved), reference) > 1e-3  # other images than the map was fitted on: not zero by construction
+
+
+@pytest.mark.parametrize("basis", ["full", "diagonal"])
+def test_match_errors(basis):
+    reference = FeatureStats.of(normal(50, 4, 1))
+    with pytest.raises(ValueError, match="3 images to be moved do not span the reference's 4 modes"):
+        match_moments(normal(3, 4) * torch.tensor([1.0, 1, 0, 0]) @ symmetric_root(reference.cov).inverse() if basis == "full"
+                      else torch.zeros(3, 4), reference, basis)
+    with pytest.raises(ValueError, match="images have 5 dimensions"):
+        match_moments(normal(9, 5), reference, basis)
+    with pytest.raises(ValueError, match="unknown basis 'pca'"):
+        match_moments(normal(9, 4), reference, "pca")
+
+
+# ---- shape
+
+def test_shape_measure_is_blind_to_second_moments_and_sees_shape():
+    a, b = normal(4000, 6, 0), normal(4000, 6, 1)
+    floor = shape_sliced_wasserstein(a, b)
+    stretched = shape_sliced_wasserstein(a @ torch.from_numpy(covariance(6, 2)) + 3, b)
+    two_peaked = shape_sliced_wasserstein(a.sign() * 0.9 + 0.1 * a, b)
+    assert floor < 0.035 and stretched < 0.045 and two_peaked > 3 * floor
+    assert shape_sliced_wasserstein(a, a) == 0 and shape_sliced_wasserstein(a, 5 * a - 2) < 1e-12
+
+
+def test_shape_measure_against_scipy_and_with_unequal_sizes():
+    a, b = normal(300, 1, 0).exp(), normal(300, 1, 1)
+    standard = [((rows - rows.mean()) / rows.std()).flatten().numpy() for rows in (a, b)]
+    expected = scipy.stats.wasserstein_distance(*standard)
+    mirrored = scipy.stats.wasserstein_distance(-standard[0], -standard[1])
+    assert expected == pytest.approx(mirrored)
+    assert shape_sliced_wasserstein(a, b, directions=5) == pytest.approx(expected, rel=1e-9)
+    assert shape_sliced_wasserstein(a[:200], b) == pytest.approx(shape_sliced_wasserstein(b, a[:200]), rel=1e-9)
+    assert abs(shape_sliced_wasserstein(a, b[:150]) - expected) < 0.15
+    with pytest.raises(ValueError, match="equal dimensions"):
+        shape_sliced_wasserstein(a, normal(10, 2))
