@@ -154,7 +154,7 @@ def load_model(
         with torch.device("meta"):
             model = CLASSES[card["class"]](**_arguments(card["config"]))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{notes} does not describe a {card['class']}: {error}") from None
+        raise ValueError(f"{notes} does not fit the class {card['class']}: {error}") from None
     check_tensors(model.state_dict(), tensors, weights)
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), card

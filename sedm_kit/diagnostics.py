@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from tqdm.auto import tqdm
 
-from .analytic import Denoiser, per_image
+from .analytic import Denoiser, ask, per_image
 from .noise import check_sigmas, edm_sigmas
 from .sampler import sample, sample_seeds
 
@@ -108,7 +108,7 @@ def eps_norms(
             labels = None if class_labels is None else class_labels[first:first + batch]
             noisy = clean + sigma * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
             with torch.no_grad():
-                denoised = denoiser(noisy, noisy.new_full((), sigma), labels)
+                denoised = ask(denoiser, noisy, noisy.new_full((), sigma), labels)
             norms.append(((noisy - denoised) / sigma).flatten(1).norm(dim=1))
         norms = torch.cat(norms)
         means.append(norms.mean()); errors.append(norms.std() / math.sqrt(len(norms)))

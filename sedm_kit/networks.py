@@ -285,14 +285,18 @@ class PatchFeatures(nn.Module):
         self,
         images,         # (b, c, h, w) in [-1, 1], any float
     ) -> torch.Tensor:  # (b, features) float32
-        return (self.body(images.to(torch.float32)) - self.center) * self.scale
+        return (self._raw(images) - self.center) * self.scale
 
     def classify(
         self,
         images,         # (b, c, h, w) in [-1, 1], any float
     ) -> torch.Tensor:  # (b, classes) logits of the task the network was trained on
         "Logits of the classes."
-        return self.head(self.dropout(functional.silu(self.body(images.to(torch.float32)))))
+        return self.head(self.dropout(functional.silu(self._raw(images))))
+
+    def _raw(self, images):
+        "Features before centring and scaling; in parts, so that a whole data set needs little memory."
+        return torch.cat([self.body(part.to(torch.float32)) for part in images.split(1024)])
 
     @torch.no_grad()
     def normalise(
@@ -300,7 +304,7 @@ class PatchFeatures(nn.Module):
         images,  # (n, c, h, w) training images
     ):
         "Set centre and scale so that the features of these images have mean 0 and a mean variance of 1."
-        raw = torch.cat([self.body(part.to(torch.float32)) for part in images.split(4096)])
+        raw = self._raw(images)
         self.center.copy_(raw.mean(0))
         self.scale.copy_(raw.var(0).mean().rsqrt())
         return self

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm, trange
 
+from .analytic import ask
 from .noise import check_sigmas
 
 # %% ../nbs/05_sampler.ipynb #21cc9758
 @torch.no_grad()
 def sample(
-    denoiser: Callable,            # D(x, sigma, class_labels) -> clean image; gets float64, may return any float
+    denoiser: Callable,            # D(x, sigma[, class_labels]) -> clean image; gets float64, may return any float
     x: torch.Tensor,               # (b,c,h,w) start at noise level sigmas[0], e.g. sigmas[0] * unit noise
     sigmas,                        # (n+1,) decreasing noise levels that end in 0
     *,
@@ -155,7 +156,7 @@ def _check_start(x):
 
 def _evaluate(denoiser, x, level, class_labels, check):
     "The denoiser's answer in the dtype of the state."
-    denoised = denoiser(x, level, class_labels)
+    denoised = ask(denoiser, x, level, class_labels)
     if denoised.shape != x.shape:
         raise ValueError(f"the denoiser must return the shape of its input, {tuple(x.shape)}, got {tuple(denoised.shape)}")
     if check and not denoised.isfinite().all():
@@ -205,7 +206,7 @@ def count_evaluations(
 ) -> int:         # network evaluations in one run
     "Number of network evaluations (NFE) of a solver in n steps."
     calls = []
-    sample(lambda x, sigma, labels: x * 0, torch.ones(1, 1, 1, 1), range(n, -1, -1), solver=solver, callback=calls.append)
+    sample(lambda x, sigma: x * 0, torch.ones(1, 1, 1, 1), range(n, -1, -1), solver=solver, callback=calls.append)
     return len(calls)
 
 # %% ../nbs/05_sampler.ipynb #5b57bcc1

@@ -158,9 +158,9 @@ def readme_current(root: Path) -> list:
 # ---- gates on modules
 
 def house_numbers(root: Path) -> dict:
-    "Module name -> number, from the names of the notebooks: nbs/05_sampler.ipynb is module 5."
+    "Module name -> (number, name), from the names of the notebooks: 02_edm_unets comes before 02_networks, as in a listing."
     found = [re.match(r"(\d+)_(\w+)$", path.stem) for path in cells.find(root) if path.parent == root / "nbs"]
-    return {match[2]: int(match[1]) for match in found if match}
+    return {match[2]: (int(match[1]), match[2]) for match in found if match}
 
 
 def imported_modules(tree: ast.AST, package: str = "sedm_kit"):
@@ -176,7 +176,7 @@ def imported_modules(tree: ast.AST, package: str = "sedm_kit"):
 
 
 def house_order(root: Path) -> list:
-    "A module imports only modules of smaller number, and every module comes from its notebook."
+    "A module imports only modules whose notebooks come before its own, and every module comes from its notebook."
     numbers, found = house_numbers(root), []
     for path in sorted((root / "sedm_kit").glob("*.py")):
         if path.stem in GENERATED:
@@ -186,8 +186,8 @@ def house_order(root: Path) -> list:
             continue
         for module, line in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
             if module in numbers and numbers[module] >= numbers[path.stem]:
-                found.append(f"sedm_kit/{path.name}:{line} imports {module} (number {numbers[module]}); "
-                             f"{path.stem} is number {numbers[path.stem]} and may import smaller ones only")
+                found.append(f"sedm_kit/{path.name}:{line} imports {module} (number {numbers[module][0]}); "
+                             f"{path.stem} is number {numbers[path.stem][0]} and may import only what comes before it")
     return found
 
 

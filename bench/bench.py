@@ -1,0 +1,126 @@
+"""What the kit's own code costs, as ratios within one run: python bench/bench.py [--quick]
+
+Every comparison runs its candidates in turn, A B C A B C ..., and prints the median of the ratios to the first one with their
+range, so that a machine whose speed drifts does not decide the outcome. Times are wall time of this process."""
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from sedm_kit.diagnostics import Trace
+from sedm_kit.discriminator import DiscriminatorGuidance
+from sedm_kit.noise import edm_sigmas
+from sedm_kit.sampler import count_evaluations, sample, sample_seeds
+from sedm_kit.worlds import load_world
+
+BATCH, STEPS = 256, 18
+
+
+def compare(title: str, candidates: dict, repeats: int):
+    "Time candidates in turn and print their ratios to the first one."
+    seconds = {name: [] for name in candidates}
+    for _ in tqdm(range(repeats + 1), desc=title, leave=False):  # the first round warms up
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    first = next(iter(seconds))
+    print(f"\n{title} ({repeats} rounds)")
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values[1:], seconds[first][1:])]
+        print(f"  {name:<44} {statistics.median(values[1:]) * 1e3:9.1f} ms   ratio {statistics.median(ratios):5.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+@torch.no_grad()
+def bare_calls(denoiser, x, calls: int):
+    "The network alone, as often as the sampler calls it."
+    for _ in range(calls):
+        denoiser(x, torch.tensor(1.0))
+
+
+@torch.no_grad()
+def float32_loop(denoiser, x, sigmas):
+    "Euler's method in the style of k-diffusion: float32 state, one sigma per image."
+    sigmas, ones = sigmas.float(), x.new_ones(len(x))
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (x - denoiser(x, sigma * ones)) / sigma * (sigma_next - sigma)
+    return x
+
+
+def diffusers_loop(denoiser, x, steps: int):
+    "Euler's method with diffusers' scheduler in its EDM form, or None if diffusers is not installed."
+    try:
+        from diffusers import EDMEulerScheduler
+    except ImportError:
+        return None
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, prediction_type="epsilon")
+
+    @torch.no_grad()
+    def run():
+        scheduler.set_timesteps(steps)
+        state = x * scheduler.init_noise_sigma
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+            scheduler.scale_model_input(state, t)  # it counts its steps here
+            denoised = denoiser(state, sigma)
+            c_skip, c_out = scheduler.precondition_outputs(torch.ones(()), torch.zeros(()), sigma), scheduler.precondition_outputs(torch.zeros(()), torch.ones(()), sigma)
+            state = scheduler.step((denoised - c_skip * state) / c_out, t, state).prev_sample
+        return state
+    return run
+
+
+def sampler_overhead(repeats: int):
+    "The sampler against the network calls that it makes."
+    world = load_world("digits")
+    unit = torch.randn(BATCH, *world.shape)
+    start, sigmas = 80 * unit.double(), edm_sigmas(STEPS)
+    for solver in ("euler", "heun"):
+        calls = count_evaluations(solver, STEPS)
+        candidates = {
+            f"{calls} bare network calls": lambda: bare_calls(world.denoiser, start.float(), calls),
+            "sample": lambda: sample(world.denoiser, start, sigmas, solver=solver),
+            "sample with epsilon scaling": lambda: sample(world.denoiser, start, sigmas, solver=solver, scaling=1.02),
+            "sample with a trace": lambda: sample(world.denoiser, start, sigmas, solver=solver, callback=Trace()),
+            "sample_seeds (one stream per image)": lambda: sample_seeds(world.denoiser, range(BATCH), sigmas, solver=solver, micro_batch=BATCH),
+        }
+        if solver == "euler":
+            candidates["k-diffusion-style loop, float32"] = lambda: float32_loop(world.denoiser, start.float(), sigmas)
+            if run := diffusers_loop(world.denoiser, unit, STEPS):
+                candidates["diffusers' EDMEulerScheduler"] = run
+        if solver in world.log_ratio:
+            candidates["sample with discriminator guidance"] = lambda: sample(world.denoiser, start, sigmas, solver=solver, guidance=DiscriminatorGuidance(world.log_ratio[solver], 1.0))
+        compare(f"{solver}, {STEPS} steps, {BATCH} digits, {torch.get_num_threads()} threads", candidates, repeats)
+
+
+MEMORY = """
+import resource
+from sedm_kit.diagnostics import Trace
+from sedm_kit.noise import edm_sigmas
+from sedm_kit.sampler import sample_seeds
+from sedm_kit.worlds import load_world
+world = load_world("digits")
+for first in range(0, {n}, 500):
+    sample_seeds(world.denoiser, range(first, first + 500), edm_sigmas(6), solver="euler", micro_batch=250, callback=Trace())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def memory(sizes: tuple):
+    "Peak memory of a process that samples n images with a trace: it must not grow with n."
+    print("\npeak memory of a process that samples n digits with a trace")
+    for n in sizes:
+        peak = int(subprocess.run([sys.executable, "-c", MEMORY.format(n=n)], capture_output=True, text=True, check=True).stdout)
+        print(f"  n = {n:<8} {peak / 1024:8.0f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
+    quick = parser.parse_args().quick
+    sampler_overhead(2 if quick else 9)
+    memory((1000, 2000) if quick else (1000, 10_000))
+    print(f"\npeak memory of this benchmark: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")

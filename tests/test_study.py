@@ -1,0 +1,183 @@
+"""The study, its report and the `sedm` command."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sedm_kit import command, report
+from sedm_kit.metrics import Difference
+from sedm_kit.noise import edm_sigmas
+from sedm_kit.sampler import sample_seeds
+from sedm_kit.study import Plan, arms, study
+from sedm_kit.tuning import grid, lowest, parabola_minimum
+from sedm_kit.worlds import load_world
+
+SMALL = dict(images=80, blocks=2, steps=6, micro_batch=40)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return study(Plan(**SMALL), progress=False)
+
+
+def test_table_holds_every_sampler_of_every_solver(results):
+    names = [(row["solver"], row["sampler"]) for row in results["table"]]
+    assert names == [(solver, sampler) for solver in ("euler", "heun") for sampler in ("plain", "plain + moment map", "ES", "DG", "SEDM-G++")]
+    assert {row["nfe"] for row in results["table"] if row["solver"] == "euler"} == {6}
+    assert {row["nfe"] for row in results["table"] if row["solver"] == "heun"} == {11}
+    for row in [*results["table"], results["floor"]]:
+        assert row["fd_pixel"].n_blocks == row["fd_feature"].n_blocks == 2 and row["fd_pixel"].block_size == 80
+
+
+def test_neutral_settings_change_nothing():
+    results = study(Plan(**SMALL, solvers=("euler",), lam=1.0, w_dg=0.0), progress=False)
+    for entry in results["differences"]:
+        if "plain + moment map" not in (entry["first"], entry["second"]):
+            assert entry["fd_pixel"].values == (0.0, 0.0) and report.verdict(entry["fd_pixel"]) == "not resolved"
+
+
+def test_numbers_are_those_of_the_seeds(results):
+    world = load_world("digits")
+    again = sample_seeds(world.denoiser, range(80), edm_sigmas(6), solver="heun", micro_batch=40)
+    torch.testing.assert_close(results["previews"]["heun"]["plain"], again[:10], rtol=0, atol=0)
+
+
+def test_given_values_replace_the_worlds(results):
+    found = {arm.name: arm for arm in arms(load_world("digits"), "euler", Plan(steps=18, lam=1.5, w_dg=0.25))}
+    assert (found["ES"].lam, found["ES"].w) == (1.5, 0.0) and (found["DG"].lam, found["DG"].w) == (1.0, 0.25)
+    assert (found["SEDM-G++"].lam, found["SEDM-G++"].w) == (1.5, 0.25) and "given" in found["ES"].source
+    assert "predicted" in next(row for row in results["table"] if row["sampler"] == "ES")["source"]  # 6 steps: the card speaks of 18
+
+
+@pytest.mark.parametrize("world", ("digits", "patches"))
+@pytest.mark.parametrize("solver", ("euler", "heun"))
+def test_settings_were_chosen_on_other_seeds_than_those_reported(world, solver):
+    card = load_world(world).card["tuned"][solver]
+    plan = Plan()
+    assert card["seeds"][0] > plan.seeds(plan.blocks - 1)[-1] and card["steps"] == plan.steps
+    assert card["ES"]["w"] == 0 and card["DG"]["lambda"] == 1
+
+
+def test_files_are_complete_and_strict(results, tmp_path):
+    page = report.write_report(results, tmp_path / "new" / "folder")
+    stored = json.loads((page.parent / "results.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
+    assert stored["plan"]["images"] == 80 and stored["environment"]["torch"] and len(stored["table"]) == 10
+    text = page.read_text()
+    pictures = [p.name for p in page.parent.glob("*.png")]
+    assert len(pictures) == text.count("<figure") >= 8
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text), "the page must not need any other file"
+    assert all(f'alt="{""}"' not in tag for tag in re.findall(r"<img[^>]*>", text))
+
+
+def test_report_follows_the_numbers(results):
+    rows = {row["sampler"]: row for row in results["table"] if row["solver"] == "euler"}
+    text = " ".join(report.in_short(results, "euler"))
+    assert report.number(rows["plain"]["fd_pixel"]) in text
+    flipped = dict(results, differences=[{**e, "fd_pixel": Difference([-v for v in e["fd_pixel"].values], 80)} for e in results["differences"]])
+    assert report.in_short(flipped, "euler")[1] != report.in_short(results, "euler")[1]
+
+
+def test_a_failing_write_leaves_nothing_half_written(results, tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="No space"):
+        report.write_report(results, tmp_path)
+    assert all(p.stat().st_size for p in tmp_path.iterdir()) and not list(tmp_path.glob(".*")) and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["study", "--world", "mnist"], "unknown world 'mnist'; known: digits, patches"),
+    (["study", "--solver", "euler,rk9"], "unknown solver 'rk9'"),
+    (["study", "--steps", "0"], "at least 1, got 0"),
+    (["study", "--lambda", "0"], "positive"),
+    (["study", "--lambda", "nan"], "finite"),
+    (["study", "--w-dg", "inf"], "finite"),
+    (["study", "--images", "1"], "at least 2"),
+    (["study", "--blocks", "1"], "at least 2 blocks"),
+    (["studdy"], "unknown command 'studdy'"),
+])
+def test_mistakes_give_one_line(words, message, capsys, tmp_path):
+    assert command.main([*words, *(["--out", str(tmp_path / "out")] if words[0] == "study" else [])]) == 2
+    complaint = capsys.readouterr().err
+    assert message in complaint and complaint.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
+def test_missing_cuda_is_said(capsys):
+    assert command.main(["study", "--device", "cuda"]) == 2 and "no CUDA device" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_said_before_work_starts(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(command, "run_study", lambda plan: pytest.fail("work had started"))
+    assert command.main(["study", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot write to the output folder" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["study", "--help"])
+    text = capsys.readouterr().out
+    for option in ("--world", "--solver", "--steps", "--images", "--lambda", "--w-dg", "--device", "--out", "--blocks", "--seed"):
+        assert re.search(rf"{option} .*", text), option
+    assert "_" not in re.sub(r"sedm_study", "", text)
+
+
+def run_command(*words, cwd, **settings):
+    return subprocess.Popen([sys.executable, "-c", "import sys; from sedm_kit.command import main; sys.exit(main())", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_the_command_works_from_another_folder(tmp_path):
+    process = run_command("study", "--images", "40", "--blocks", "2", "--steps", "4", "--solver", "euler", "--out", "here", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "SEDM-G++" in out and (tmp_path / "here" / "report.html").is_file()
+
+
+def test_an_interrupted_study_leaves_no_files(tmp_path):
+    process = run_command("study", "--images", "2000", "--out", "here", cwd=tmp_path)
+    seen = ""
+    while "img" not in seen and process.poll() is None:  # the bar shows that work has begun
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_the_grids_lowest_point():
+    lambdas, weights = np.array([0.98, 1.0, 1.02, 1.04]), np.array([0.0, 1.0])
+    surface = {"pixel": (lambdas[:, None] - 1.013 + 0.01 * weights) ** 2 + 0.1 * weights, "lambdas": lambdas, "weights": weights}
+    found = lowest(surface)
+    assert found["w"] == 0.0 and abs(found["lambda"] - 1.013) < 1e-9
+    assert abs(lowest(surface, weights=[1.0])["lambda"] - 1.003) < 1e-9
+    assert parabola_minimum([0, 1, 2], [3, 2, 1]) == 2
+    with pytest.raises(ValueError, match="at least 3"):
+        parabola_minimum([0, 1], [1, 2])
+
+
+def test_the_grid_measures_what_sampling_by_hand_does():
+    world = load_world("digits")
+    surface = grid(world, range(80), edm_sigmas(4), lambdas=[1.0, 1.05], weights=[0.0], micro_batch=40, progress=False)
+    images = sample_seeds(world.denoiser, range(80), edm_sigmas(4), solver="euler", scaling=1.05, micro_batch=40).flatten(1)
+    train = world.train.flatten(1).double()
+    from scipy.linalg import sqrtm
+    a, b = np.cov(images.T), np.cov(train.T)
+    by_hand = ((images.mean(0) - train.mean(0)) ** 2).sum().item() + np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(a @ b).real)
+    assert abs(surface["pixel"][1, 0] - by_hand) < 1e-5 * by_hand
+    assert surface["n"] == 80
