@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .adm_blocks import (ADMBlocks, Plan, Steps, attention, check_images, constructor_arguments, group_norm,
-                                 half_precision, head_count, one_hot, unet_plan, wave_embedding, zeroed)
+from .adm_blocks import (ADMBlocks, Plan, Steps, attention, check_images, check_batch, constructor_arguments,
+                                 group_norm, half_precision, head_count, one_hot, unet_plan, wave_embedding, zeroed)
 
 # %% ../nbs/02_adm_unets.ipynb #8e5fd91f
 class ADMTrunk(nn.Module):
@@ -40,13 +40,12 @@ class ADMTrunk(nn.Module):
         device,         # where they lie
     ) -> torch.Tensor:  # (b, embedding) or (1, embedding)
         "Time and class as one vector."
-        times = torch.as_tensor(times, device=device).reshape(-1)
-        if len(times) not in (1, batch):
-            raise ValueError(f"expected one time or {batch}, got {len(times)}")
-        if self.classes and class_labels is None:
-            raise ValueError(f"this network is conditional and needs labels of its {self.classes} classes")
+        if (class_labels is None) == bool(self.classes):
+            raise ValueError(f"this network is conditional and needs labels of its {self.classes} classes" if self.classes
+                             else "class labels were given, but this network is unconditional")
+        times, rows = torch.as_tensor(times, device=device).reshape(-1), one_hot(class_labels, self.classes, device)
+        check_batch(batch, timesteps=times, class_labels=rows)
         emb = self.time_embed(wave_embedding(times, self.time_embed[0].in_features))
-        rows = one_hot(class_labels, self.classes, device)
         return emb if rows is None else emb + self.label_emb(rows.argmax(1))
 
     def descend(self, x, emb):

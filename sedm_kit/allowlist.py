@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTIONS', 'DTYPES', 'CALLS', 'NOT_CALLED', 'STEPS', 'Name', 'Storage', 'NumberType', 'Noted', 'short',
-           'rebuild_tensor', 'number_type', 'number', 'Machine']
+           'printable', 'rebuild_tensor', 'number_type', 'number', 'Machine']
 
 # %% ../nbs/03_allowlist.ipynb #04d7de1c
 import math
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/03_allowlist.ipynb #d3785b62
-INSTRUCTIONS = 2_000_000  # at most, of one pickle; EDM's largest network needs about 100 000
+INSTRUCTIONS = 2_000_000  # at most, of one pickle; a pickle in the structure of EDM's largest network has 54 000
 
 
 @dataclass(slots=True)
@@ -51,6 +51,13 @@ def short(
     "A value as it may stand in an error message."
     text = ascii(value) if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+# %% ../nbs/03_allowlist.ipynb #2dc47479
+def printable(
+    error: Exception,  # what some library says about a file
+) -> str:              # one line, 300 characters at most
+    "An error's text as it may stand in another one."
+    return (str(error) or type(error).__name__).encode("unicode_escape").decode()[:300]
 
 # %% ../nbs/03_allowlist.ipynb #524b2cb5
 DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
@@ -119,6 +126,23 @@ def _latin1(text, encoding):
     return text.encode("latin-1")
 
 
+def _empty():
+    "A dictionary without entries: they come later."
+    return {}
+
+
+def _object_of(class_name: str) -> Callable:
+    "Makes objects of this class, which are only noted; they take no arguments."
+    def noted():
+        return Noted(class_name)
+    return noted
+
+
+def _array(*unused):
+    "An array is noted, not read: no network has any."
+    return Noted("ndarray")
+
+
 def _set(items=()):
     "A small set of names."
     if type(items) not in (list, tuple) or len(items) > 16:
@@ -129,7 +153,7 @@ def _set(items=()):
 def _key(key):
     "What may be a dictionary's key: nothing that takes long to hash or collides on purpose."
     if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
-        raise ValueError(f"a {type(key).__name__} is used as a key")
+        raise ValueError("a key is neither a string nor a small whole number")
     return key
 
 
@@ -139,12 +163,12 @@ CALLS = {
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), number),  # numpy 1 and 2
-    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), lambda *unused: Noted("ndarray")),
+    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), _array),
     "numpy.dtype": number_type,
     "_codecs.encode": _latin1,
     **dict.fromkeys(("builtins.set", "__builtin__.set"), _set),
-    **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), lambda: {}),
-    **{f"torch.nn.modules.container.{name}": (lambda name=name: Noted(name)) for name in ("ModuleDict", "ModuleList", "Sequential")},
+    **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _empty),
+    **{f"torch.nn.modules.container.{name}": _object_of(name) for name in ("ModuleDict", "ModuleList", "Sequential")},
 }
 NOT_CALLED = {*DTYPES, "numpy.ndarray", "torch.storage._load_from_bytes"}  # names that stand for themselves; the last is the machine's
 
@@ -180,7 +204,7 @@ class Machine:
             raise ValueError(f"it refers to what a checkpoint has no need of: {', '.join(short(name) for name in list(self.unknown)[:5])}"
                              + f" and {len(self.unknown) - 5} more" * (len(self.unknown) > 5))
         if problem is not None:
-            raise ValueError(f"its pickle is damaged, cut off or not a checkpoint's ({instruction}: {ascii(str(problem) or type(problem).__name__)[1:-1][:300]})")
+            raise ValueError(f"its pickle is damaged, cut off or not a checkpoint's (at or after {instruction}: {printable(problem)})")
         return self.stack[0]
 
     def push(self, value):
@@ -263,10 +287,14 @@ def _is_unknown(machine, target) -> bool:
 
 
 def _stored(machine):
-    "BINPERSID: a storage that stands elsewhere in the archive."
+    "BINPERSID: a storage that stands elsewhere in the archive, or, in torch's older format, the name of a module's class."
     if machine.stored is None:
         raise ValueError("it points to storages, but is no archive")
-    machine.push(machine.stored(*_persistent_id(machine.stack.pop())))
+    key = machine.stack.pop()
+    if type(key) is tuple and len(key) == 4 and key[0] == "module" and isinstance(key[1], Name):
+        machine.push(key[1])
+    else:
+        machine.push(machine.stored(*_persistent_id(key)))
 
 
 def _persistent_id(key) -> tuple:

@@ -31,21 +31,22 @@ class Denoiser:
         sigma_min: float = 0.0,         # lowest noise level it understands
         sigma_max: float = math.inf,    # highest noise level it understands
         label_dim: int = 0,             # number of classes, 0 if unconditional
+        round_sigma: Callable | None = None,  # sigma -> the nearest level that a discrete network knows; None: every level
     ):
-        self.function, self.sigma_data = function, sigma_data
+        self.function, self.shape, self.sigma_data = function, tuple(shape), sigma_data
         self.img_channels, self.img_resolution = shape[0], shape[-1]
         self.sigma_min, self.sigma_max, self.label_dim = sigma_min, sigma_max, label_dim
+        self.round_sigma = round_sigma or torch.as_tensor
 
     def __call__(self, x, sigma, class_labels=None):
         return ask(self.function, x, sigma, class_labels)
 
     def __repr__(self):
-        return f"Denoiser({self.img_channels}x{self.img_resolution}x{self.img_resolution}, sigma_data={self.sigma_data:.3g})"
+        return f"Denoiser({'x'.join(map(str, self.shape))}, sigma_data={self.sigma_data:.3g})"
 
     def like(self, function: Callable) -> "Denoiser":
         "The same attributes around another function."
-        shape = (self.img_channels, self.img_resolution, self.img_resolution)
-        return Denoiser(function, shape, self.sigma_data, self.sigma_min, self.sigma_max, self.label_dim)
+        return Denoiser(function, self.shape, self.sigma_data, self.sigma_min, self.sigma_max, self.label_dim, self.round_sigma)
 
 # %% ../nbs/01_analytic.ipynb #ddcc2904
 def per_image(
@@ -69,8 +70,10 @@ class GaussianMixture:
     ):
         means = torch.as_tensor(means, dtype=torch.float64)
         weights = torch.as_tensor(weights, dtype=torch.float64, device=means.device)
-        if means.ndim != 4 or weights.shape != means.shape[:1] or not (weights > 0).all():
-            raise ValueError(f"means must be (k,c,h,w) with k positive weights, got {tuple(means.shape)} and weights {weights.tolist()}")
+        if means.ndim != 4 or not means.isfinite().all():
+            raise ValueError(f"means must be (k,c,h,w) and finite, got shape {tuple(means.shape)} with {int((~means.isfinite()).sum())} values that are not")
+        if weights.shape != means.shape[:1] or not ((weights > 0) & weights.isfinite()).all():
+            raise ValueError(f"weights must be {len(means)} positive finite numbers, one per component, got {weights.tolist()}")
         if (std is None) == (cov is None):
             raise ValueError("give either one std or full covariances, not both or neither")
         self.shape, self.means = tuple(means.shape[1:]), means.flatten(1)
@@ -87,8 +90,13 @@ class GaussianMixture:
         cov = torch.as_tensor(cov, dtype=torch.float64, device=self.means.device)
         if cov.shape != (k, d, d):
             raise ValueError(f"cov must be {(k, d, d)} for these means, got {tuple(cov.shape)}")
+        scale = cov.abs().amax()
+        if not scale.isfinite() or (cov - cov.mT).abs().amax() > 1e-6 * scale:
+            raise ValueError("cov must be finite and symmetric")
         variances, basis = torch.linalg.eigh(cov)
-        return variances.clamp(min=0), basis
+        if variances.min() < -1e-6 * scale:
+            raise ValueError(f"cov must be positive semi-definite, but its smallest eigenvalue is {variances.min():.3g}")
+        return variances.clamp(min=0), basis  # rounding leaves -1e-17 where a direction has no variance
 
     def _to_axes(self, x):
         "Coordinates (b,k,d) of images in every component's principal axes."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_MODULES', 'MAX_DEPTH', 'MAX_LETTERS', 'MAX_ARGUMENTS', 'is_legacy', 'numbers', 'read_legacy', 'nested_reader',
            'open_archive', 'read_zip', 'naming', 'read_file', 'entries', 'module_tensors', 'check_plain', 'Recorded',
-           'recorded', 'check_total', 'read_module', 'read_state_dict']
+           'recorded', 'check_total', 'find_module', 'find_state_dict', 'read_module', 'read_state_dict']
 
 # %% ../nbs/03_archives.ipynb #fc547f00
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .allowlist import Machine, Noted, Storage, short
+from .allowlist import Machine, Noted, Storage, printable, short
 
 # %% ../nbs/03_archives.ipynb #ac2443b5
 def is_legacy(
@@ -62,8 +62,9 @@ def read_legacy(
         raise ValueError("its list of storages is not that of its objects")
     for name in names:
         dtype, count = kinds[name]
-        announced = int.from_bytes(stream.read(8), "little")
-        storages[name] = numbers(stream.read(min(announced, count) * dtype.itemsize), dtype, count)
+        if stream.read(8) != count.to_bytes(8, "little"):
+            raise ValueError(f"the storage {short(name)} has another size than its objects say")
+        storages[name] = numbers(stream.read(count * dtype.itemsize), dtype, count)
     stream.seek(start)
     return Machine(lambda name, dtype, count: storages[name], unknown=unknown).run(stream)
 
@@ -98,11 +99,11 @@ def open_archive(
         archive = zipfile.ZipFile(file)
         entries = archive.infolist()
     except Exception as error:  # zipfile raises half a dozen kinds
-        raise ValueError(f"its zip archive is damaged or cut off ({ascii(str(error))[1:-1][:100]})") from None
+        raise ValueError(f"its zip archive is damaged or cut off ({printable(error)})") from None
     names = [entry.filename for entry in entries]
     folders = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(folders) != 1:
-        raise ValueError(f"it is a zip archive with {len(names)} entries, but not one that torch.save wrote (no data.pkl)")
+        raise ValueError(f"it is a zip archive with {len(names)} entries, but not one that torch.save wrote: it has {len(folders)} data.pkl, not 1")
     strange = [name for name in names if not name.startswith(f"{folders[0]}/") or ".." in name.split("/") or name.startswith("/")]
     if strange or len(set(names)) != len(names):
         raise ValueError(f"its zip archive has entries that torch.save never writes: {', '.join(map(short, strange[:5])) or 'twice the same'}")
@@ -132,7 +133,7 @@ def read_zip(
         content = archive.read(f"{folder}/data.pkl")
         order = archive.read(f"{folder}/byteorder") if f"{folder}/byteorder" in archive.namelist() else b"little"
     except Exception as error:
-        raise ValueError(f"its zip archive is damaged ({ascii(str(error))[1:-1][:100]})") from None
+        raise ValueError(f"its zip archive is damaged ({printable(error)})") from None
     if order != b"little":
         raise ValueError(f"its numbers are {short(order)}-endian, not little-endian")
     return Machine(stored).run(io.BytesIO(content))
@@ -174,7 +175,7 @@ def _read(file, size: int):
         return read_legacy(stream) if is_legacy(content) else content
 
 # %% ../nbs/03_archives.ipynb #da60ecda
-MAX_MODULES, MAX_DEPTH, MAX_LETTERS = 10_000, 32, 200  # of one network, and of a tensor's name; EDM's have fewer than 1500, 5 and 50
+MAX_MODULES, MAX_DEPTH, MAX_LETTERS = 10_000, 32, 200  # of one network, and of a tensor's name; EDM's largest has 317, 4 and 42
 MAX_ARGUMENTS = 10_000                                 # values in the arguments of one network
 
 
@@ -262,13 +263,15 @@ def check_total(
         raise ValueError(f"its tensors have {total} bytes, and the file has {size}")
 
 
-def read_module(
-    path,                    # EDM's pickle, or a training state of EDM or STF (.pt or .pkl)
+def find_module(
+    content,     # what `read_file` gave
+    path,        # the file it came from
     key: str | None = None,  # which network; default: "ema", or "net" if there is no "ema"
-) -> Recorded:               # its class_name, arguments and tensors
-    "A network out of a file of persistent objects."
-    content = read_file(path)
+) -> Recorded:   # the network
+    "A network out of a file's content."
     with naming(path):
+        if isinstance(content, Noted) and key is None:  # a network by itself
+            content = {"ema": content}
         if type(content) is not dict:
             raise ValueError(f"it holds a {type(content).__name__}, not a dictionary with networks")
         wanted = [key] if key else ["ema", "net"]
@@ -280,11 +283,11 @@ def read_module(
         return recorded(found, Path(path).stat().st_size)
 
 
-def read_state_dict(
-    path,     # a state dict written by torch.save: ADM, ADM-IP, DG
+def find_state_dict(
+    content,  # what `read_file` gave
+    path,     # the file it came from
 ) -> dict:    # name -> tensor
     "The tensors of a plain state dict."
-    content = read_file(path)
     with naming(path):
         pairs = content.items() if type(content) is dict else [(None, content)]
         if not pairs or not all(type(name) is str and isinstance(value, torch.Tensor) for name, value in pairs):
@@ -292,3 +295,18 @@ def read_state_dict(
             raise ValueError(f"it is no state dict, a dictionary of names and tensors; it holds {', '.join(kinds)}")
         check_total(content.values(), Path(path).stat().st_size)
     return content
+
+
+def read_module(
+    path,                    # EDM's pickle, or a training state of EDM or STF (.pt or .pkl)
+    key: str | None = None,  # which network; default: "ema", or "net" if there is no "ema"
+) -> Recorded:               # its class_name, arguments and tensors
+    "A network out of a file of persistent objects."
+    return find_module(read_file(path), path, key)
+
+
+def read_state_dict(
+    path,     # a state dict written by torch.save: ADM, ADM-IP, DG
+) -> dict:    # name -> tensor
+    "The tensors of a file with a plain state dict."
+    return find_state_dict(read_file(path), path)

@@ -51,6 +51,7 @@ def parser_of(
     "Parser of a command, from its signature and comments; --w_dg is spelled --w-dg."
     parser = anno_parser(function, prog=f"sedm {function.__name__}")
     for option, action in list(parser._option_string_actions.items()):
+        action.metavar = {int: "N", float: "X"}.get(action.type)
         name = RENAMED.get(option, option.replace("_", "-"))
         if name != option:
             action.option_strings = [name]

@@ -49,8 +49,7 @@ class Trace:
         other: "Trace",  # a trace of other images on the same grid, with the same center
     ) -> "Trace":        # this one
         "Add what another trace saw."
-        if self.sums and other.sums.keys() != self.sums.keys():
-            raise ValueError(f"traces of different runs cannot be merged: {len(self.sums)} and {len(other.sums)} evaluations")
+        self._check_alike(other)
         for key, sums in other.sums.items():
             own = self.sums.setdefault(key, {})
             for name, moments in sums.items():
@@ -58,19 +57,36 @@ class Trace:
             self.pixels[key] = self.pixels[key] + other.pixels[key] if key in self.pixels else other.pixels[key]
         return self
 
+    def _check_alike(self, other):
+        "Refuse a trace of another grid or around another center."
+        level = lambda sums: float(sums["sigma"][1] / sums["sigma"][0])
+        different = [key for key in other.sums if self.sums and (key not in self.sums or not math.isclose(level(self.sums[key]), level(other.sums[key]), rel_tol=1e-6))]
+        if different or (self.sums and len(other.sums) != len(self.sums)):
+            raise ValueError(f"traces of different runs cannot be merged: {len(self.sums)} and {len(other.sums)} evaluations, at other noise levels from {different[:1]} on")
+        if not torch.equal(torch.as_tensor(self.center, dtype=torch.float64), torch.as_tensor(other.center, dtype=torch.float64)):
+            raise ValueError("traces around different centers cannot be merged")
+
     def stages(self) -> list[int]:
         "The stages that occurred: [0] for Euler, [0, 1] for Heun."
         return sorted({stage for _, stage in self.sums})
+
+    def _keys(self, stage):
+        "Evaluations of one stage, in order of their steps."
+        keys = [key for key in sorted(self.sums) if key[1] == stage]
+        if not keys:
+            raise ValueError(f"the trace holds no evaluation of stage {stage}: pass it to sample as callback first")
+        return keys
 
     def column(self,
         name: str,       # "eps", "slope", "guidance" (mean norms per image), "square" (mean squared deviation) or "sigma"
         stage: int = 0,  # evaluation within the step
     ) -> tuple:          # mean and standard error, (steps,) float64 each, on the CPU
         "Mean over images of one recorded quantity, per step."
-        rows = [sums.get(name) for (_, k), sums in sorted(self.sums.items()) if k == stage]
-        if not rows:
-            raise ValueError(f"the trace holds no evaluation of stage {stage}: pass it to sample as callback first")
-        rows = [row if row is not None else rows[0].new_tensor([1.0, 0.0, 0.0]) for row in rows]
+        found = [self.sums[key] for key in self._keys(stage)]
+        known = sorted(set().union(*found))
+        if name not in known:
+            raise ValueError(f"the trace holds no {name!r} at stage {stage}; it holds {', '.join(known)}")
+        rows = [sums.get(name, torch.zeros_like(sums["sigma"])) + (name not in sums) * sums["sigma"].new_tensor([1.0, 0.0, 0.0]) for sums in found]
         n, total, squares = torch.stack(rows).cpu().unbind(1)
         mean = total / n
         spread = (squares / n - mean.square()).clamp(min=0)
@@ -80,7 +96,7 @@ class Trace:
         stage: int = 0,  # evaluation within the step
     ) -> tuple:          # mean over pixels of the variance over images, and its standard error, (steps,) each
         "Variance of the samples as the network saw them, per step."
-        keys = [key for key in sorted(self.sums) if key[1] == stage]
+        keys = self._keys(stage)
         n = torch.stack([self.sums[key]["square"][0] for key in keys]).cpu()
         total, squares = torch.stack([self.pixels[key].flatten(1) for key in keys]).cpu().unbind(1)
         variance = (squares - total.square() / n[:, None]).mean(1) / (n - 1).clamp(min=1)
@@ -170,6 +186,8 @@ def gaussian_variance(
 ) -> torch.Tensor:                    # (d,) variances of the samples
     "Closed-form variance of deterministic samples of Gaussian data: the sampler run on one unit start per direction."
     variances, sigmas = torch.as_tensor(variances, dtype=torch.float64).reshape(-1), check_sigmas(sigmas)
+    if not (variances >= 0).all() or settings.get("churn") is not None:
+        raise ValueError(f"the closed form is for variances that are not negative and for samplers without churn, got {variances.tolist()} and {settings.get('churn')}")
     start = sigmas[0] * torch.ones(1, 1, 1, len(variances), dtype=torch.float64)
     return sample(denoiser or linear_denoiser(variances), start, sigmas, **settings).flatten().square()
 
@@ -186,7 +204,10 @@ def neutral_lambda(
     def distance(lam):
         made = gaussian_variance(truth, sigmas, denoiser, scaling=float(lam), **settings)
         return (made.sqrt() - truth.sqrt()).square().sum().item()
-    return float(minimize_scalar(distance, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
+    lam = float(minimize_scalar(distance, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
+    if min(lam - bounds[0], bounds[1] - lam) < 1e-4:
+        raise ValueError(f"no lambda between {bounds[0]} and {bounds[1]} is best: the distance still falls at {lam:.4f}; with so few steps no constant repairs this run, or the bounds are too narrow")
+    return lam
 
 # %% ../nbs/10_diagnostics.ipynb #9b883b44
 def drift_split(
@@ -201,7 +222,7 @@ def drift_split(
 ) -> dict:                      # "total", "discretisation", "network": as measure returns; total is their sum
     "Split a drift into what the solver's finite steps and what the network contribute."
     sigmas = check_sigmas(sigmas)
-    fine = edm_sigmas(converged, float(sigmas[-2]), float(sigmas[0]))
+    fine = edm_sigmas(converged, min(float(sigmas[-2]), 0.002), float(sigmas[0]))
     total = measure(sample_seeds(denoiser, seeds, sigmas, solver=solver, **settings))
     network = measure(sample_seeds(denoiser, seeds, fine, solver="heun", **settings))
     return {"total": total, "discretisation": total - network, "network": network}

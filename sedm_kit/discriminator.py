@@ -42,7 +42,10 @@ def correction(
     u, tau = vp_input(x, sigma)
     with torch.enable_grad():
         u = u.detach().requires_grad_()
-        L = log_ratio(u, tau.expand(len(x)).to(torch.float32), class_labels).clamp(-SATURATION, SATURATION)
+        L = log_ratio(u, tau.expand(len(x)).to(torch.float32), class_labels)
+        if L.shape != (len(x),):
+            raise ValueError(f"the log-ratio must be one number per image, ({len(x)},), got shape {tuple(L.shape)}")
+        L = L.clamp(-SATURATION, SATURATION)
         gradient, = torch.autograd.grad(L.sum(), u)
     sigma = per_image(sigma, x.ndim, x)
     return -(sigma**2) * vp_scale(sigma).to(x.dtype) * gradient, L.detach()

@@ -195,8 +195,8 @@ class EDMUNet(nn.Module):
         augment_labels=None,  # (b, augment_dim) rows, in training with augmentation
     ) -> torch.Tensor:        # (b, out_channels, img_resolution, img_resolution)
         check_images(x, self.config["in_channels"], self.config["img_resolution"])
-        _check_rows("class_labels", class_labels, self.config["label_dim"], needed=True)
-        _check_rows("augment_labels", augment_labels, self.config["augment_dim"], needed=False)
+        _check_label_rows("class_labels", class_labels, self.config["label_dim"], needed=True)
+        _check_label_rows("augment_labels", augment_labels, self.config["augment_dim"], needed=False)
         emb = self.embed(c_noise, class_labels, augment_labels)
         h, skips = self.descend(x, emb)
         for name, row in self.decoder.items():
@@ -216,7 +216,7 @@ class EDMUNet(nn.Module):
         return x, skips
 
 
-def _check_rows(name: str, rows, width: int, needed: bool):
+def _check_label_rows(name: str, rows, width: int, needed: bool):
     "Refuse label rows that a network cannot use, or their absence where it needs them."
     if rows is None and not (needed and width):
         return

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VP_BETA_MIN', 'VP_BETA_SLOPE', 'check_sigmas', 'edm_sigmas', 'vp_sigma', 'vp_sigmas', 've_sigmas', 'iddpm_levels',
-           'iddpm_sigmas', 'snr', 'sigma_from_alphas', 'ddpm_alphas_cumprod', 'vp_time', 'vp_scale']
+           'iddpm_sigmas', 'snr', 'sigma_from_alphas', 'ddpm_alphas_cumprod', 'check_alphas', 'vp_time', 'vp_scale']
 
 # %% ../nbs/00_noise.ipynb #3c009a68
 import math
+import numbers
 
 import torch
 
@@ -37,7 +38,7 @@ def _with_zero(levels: torch.Tensor) -> torch.Tensor:
 
 def _check_range(n: int, sigma_min: float, sigma_max: float):
     "Refuse a number of steps or a range of levels from which no grid can be made."
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
         raise ValueError(f"the number of steps must be an integer of at least 1, got {n!r}")
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
         raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max < inf, got {sigma_min!r} and {sigma_max!r}")
@@ -56,6 +57,8 @@ def edm_sigmas(
 ) -> torch.Tensor:             # (n+1,) float64, decreasing, last entry 0
     "EDM's noise levels (Karras et al. 2022, Eq. 5)."
     _check_range(n, sigma_min, sigma_max)
+    if not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"rho must be finite and positive, got {rho}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _with_zero((high + _fractions(n) * (low - high)) ** rho)
 
@@ -156,15 +159,36 @@ def ddpm_alphas_cumprod(
         raise ValueError(f"unknown schedule {schedule!r}; known: 'linear', 'cosine'")
     return (1 - betas).cumprod(0)
 
+# %% ../nbs/00_noise.ipynb #66b111c9
+def check_alphas(
+    alphas_cumprod,      # (T,) alpha-bar: in (0, 1], strictly decreasing; index 0 is the least noise
+) -> torch.Tensor:       # (T,) float64 on the CPU; ValueError names what is wrong
+    "A chain's alpha-bar, or an error that says why it is none."
+    abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
+    if abar.ndim != 1 or len(abar) < 1:
+        raise ValueError(f"alphas_cumprod must be one list of at least one value, got shape {tuple(abar.shape)}")
+    outside = (~((abar > 0) & (abar <= 1))).nonzero().flatten()
+    if len(outside):
+        i = int(outside[0])
+        raise ValueError(f"alphas_cumprod must lie in (0, 1], but alphas_cumprod[{i}] = {abar[i]:g}")
+    rising = (abar.diff() >= 0).nonzero().flatten()
+    if len(rising):
+        i = int(rising[0])
+        raise ValueError("alphas_cumprod must decrease strictly (index 0 is the least noise), "
+                         f"but alphas_cumprod[{i}] = {abar[i]:g} is followed by {abar[i + 1]:g}")
+    return abar
+
 # %% ../nbs/00_noise.ipynb #a5edde9f
 def vp_time(
-    sigma,            # noise level, data units; number or tensor
-) -> torch.Tensor:    # VP time, float64; 1 at sigma = 152.17, beyond that larger
+    sigma,                              # noise level, data units; number or tensor
+    beta_slope: float = VP_BETA_SLOPE,  # slope of beta(t)
+    beta_min: float = VP_BETA_MIN,      # beta(0)
+) -> torch.Tensor:                      # VP time, float64; 1 at sigma = 152.17, beyond that larger
     "VP time at which the variance-preserving diffusion has this noise level."
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     log_growth = (sigma**2).log1p()
     # the conjugate form: the textbook form loses digits at small sigma by subtracting two nearly equal numbers
-    return 2 * log_growth / (VP_BETA_MIN + (VP_BETA_MIN**2 + 2 * VP_BETA_SLOPE * log_growth).sqrt())
+    return 2 * log_growth / (beta_min + (beta_min**2 + 2 * beta_slope * log_growth).sqrt())
 
 
 def vp_scale(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'sample', 'ConstantScaling', 'LinearScaling', 'lambda_table', 'Churn', 'euler_step', 'heun_step',
-           'find_solver', 'count_evaluations', 'SeedStreams', 'check_seeds', 'sample_seeds']
+           'find_solver', 'count_evaluations', 'SeedStreams', 'check_seeds', 'pfgm_latents', 'sample_seeds']
 
 # %% ../nbs/05_sampler.ipynb #09476391
 import math
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def sample(
 
         def slope(x, sigma, stage=0):
             nonlocal last_L
-            level = x.new_full((), sigma) if isinstance(sigma, float) else sigma.flatten()
+            level = sigma.flatten() if isinstance(sigma, torch.Tensor) else x.new_full((), sigma)
             denoised = _evaluate(denoiser, x, level, class_labels, check=(i, stage) == (0, 0))
             eps = (x - denoised) / sigma                               # what the network takes for noise
             d, g, L = eps / lambdas[i], None, None                     # ES: epsilon scaling
@@ -87,12 +88,15 @@ def lambda_table(
 ) -> list[float]:        # n values; ValueError for 0, negative or non-finite ones
     "The divisor of epsilon at each step."
     n = len(sigmas) - 1
-    if callable(scaling):
-        table = [float(scaling(i, float(sigmas[i]))) for i in range(n)]
-    elif isinstance(scaling, numbers.Real) or getattr(scaling, "ndim", 1) == 0:
-        table = [float(scaling)] * n
-    else:
-        table = [float(value) for value in scaling]
+    try:
+        if callable(scaling):
+            table = [float(scaling(i, float(sigmas[i]))) for i in range(n)]
+        elif isinstance(scaling, numbers.Real) or getattr(scaling, "ndim", 1) == 0:
+            table = [float(scaling)] * n
+        else:
+            table = [float(value) for value in scaling]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"scaling must be a number, one number per step, or a function (step, sigma) -> number, got {scaling!r}") from error
     if len(table) != n:
         raise ValueError(f"scaling has {len(table)} values for {n} steps; one per step is needed")
     for i, value in enumerate(table):
@@ -125,10 +129,10 @@ def _churned(sigmas, i, churn, guidance, last_L, denoiser):
         return sigma, 1.0
     if extra is None:
         gamma = min(churn.s_churn / n, math.sqrt(2) - 1)
-        return float(_snap(denoiser, sigma * (1 + gamma))), churn.s_noise
+        return max(sigma, float(_snap(denoiser, sigma * (1 + gamma)))), churn.s_noise
     gamma = (extra.where(extra > 0, churn.s_churn) / n).clamp(max=math.sqrt(2) - 1).reshape(-1, 1, 1, 1)
     inflation = torch.ones_like(gamma).where(extra.reshape(gamma.shape) > 0, churn.s_noise)
-    return _snap(denoiser, sigma * (1 + gamma)), inflation
+    return _snap(denoiser, sigma * (1 + gamma)).clamp(min=sigma), inflation
 
 
 def _snap(denoiser, sigma):
@@ -151,14 +155,17 @@ def _check_start(x):
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point():
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be a floating-point tensor (b,c,h,w) of noise at level sigmas[0], got {found}")
+    if not x.isfinite().all():
+        raise ValueError("x must be finite, but the start holds NaN or infinity")
     return x.to(torch.float64)
 
 
 def _evaluate(denoiser, x, level, class_labels, check):
     "The denoiser's answer in the dtype of the state."
     denoised = ask(denoiser, x, level, class_labels)
-    if denoised.shape != x.shape:
-        raise ValueError(f"the denoiser must return the shape of its input, {tuple(x.shape)}, got {tuple(denoised.shape)}")
+    if not isinstance(denoised, torch.Tensor) or denoised.shape != x.shape:
+        found = tuple(denoised.shape) if isinstance(denoised, torch.Tensor) else type(denoised).__name__
+        raise ValueError(f"the denoiser must return a tensor of its input's shape, {tuple(x.shape)}, got {found}")
     if check and not denoised.isfinite().all():
         raise ValueError(f"the denoiser returned NaN or infinity at the first evaluation, noise level {level.max():g}")
     return denoised.to(x.dtype)
@@ -195,7 +202,7 @@ def find_solver(
     "The step function of a solver."
     if callable(solver):
         return solver
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(map(repr, SOLVERS))}, or a step function")
     return SOLVERS[solver]
 
@@ -240,13 +247,41 @@ def check_seeds(
     seeds: Sequence[int],  # distinct integers, at least one
 ) -> list[int]:            # the same as a list; ValueError otherwise
     "A list of seeds, or an error that says why it is none."
-    seeds = [int(seed) for seed in seeds]
+    try:
+        seeds = [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise ValueError(f"seeds must be a list of integers, got {seeds!r}") from error
     if not seeds:
         raise ValueError("the list of seeds is empty; at least one is needed")
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for i, seed in enumerate(seeds) if seed in seeds[:i])
-        raise ValueError(f"seed {twice} occurs more than once: every image needs a seed of its own")
+    seen = set()
+    for seed in seeds:
+        if seed % 2**32 in seen:
+            raise ValueError(f"seed {seed} occurs more than once (modulo 2^32): every image needs a seed of its own")
+        seen.add(seed % 2**32)
     return seeds
+
+# %% ../nbs/05_sampler.ipynb #59a5e751
+import numpy as np
+from scipy.special import gammaincinv
+
+# %% ../nbs/05_sampler.ipynb #16501dd0
+def pfgm_latents(
+    seeds: Sequence[int],  # one per image, distinct
+    shape: tuple,          # (c,h,w) of one image, N = c*h*w
+    D: float,              # PFGM++'s extra dimensions, > 0; math.inf is EDM
+    sigma: float,          # noise level to start from, sigmas[0]
+    device="cpu",          # CPU and GPU streams differ
+) -> torch.Tensor:         # (n,c,h,w) float64 at level sigma, ready for `sample`
+    "PFGM++'s start (recalled, UNVERIFIED against the released code)."
+    if not (D > 0 and math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"PFGM++ needs D > 0 and a finite sigma > 0, got D={D!r} and sigma={sigma!r}")
+    streams = SeedStreams(seeds, device)
+    x = sigma * streams.latents(shape).to(torch.float64)
+    if math.isinf(D):
+        return x
+    uniform = np.array([np.random.default_rng(seed % 2**32).random() for seed in streams.seeds])
+    divisor = np.sqrt(2 * gammaincinv(D / 2, uniform) / D)  # chi-square by its quantile: D moves every image continuously
+    return x / torch.from_numpy(divisor).to(x).reshape(-1, 1, 1, 1)
 
 # %% ../nbs/05_sampler.ipynb #f4f72402
 def sample_seeds(
@@ -263,18 +298,18 @@ def sample_seeds(
     **settings,                 # solver, churn, scaling, guidance: as for sample
 ) -> torch.Tensor:              # (n,c,h,w) float64, in the order of the seeds
     "Images from seeds, in micro-batches of one fixed size."
-    seeds, sigmas = check_seeds(seeds), check_sigmas(sigmas)
-    shape = shape or (denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
-    images = []
+    seeds, sigmas, rows = check_seeds(seeds), check_sigmas(sigmas), _rows(micro_batch)
+    shape = shape or getattr(denoiser, "shape", None) or (denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+    class_labels, images = _check_labels(class_labels, len(seeds), device), []
     with tqdm(total=len(seeds), disable=not progress, desc="sampling", unit="img") as bar:
         for first in range(0, len(seeds), micro_batch):
             some = seeds[first:first + micro_batch]
-            filling = range(max(some) + 1, max(some) + 1 + micro_batch - len(some))
+            filling = range(max(some) + 1, max(some) + 1 + rows - len(some))
             streams = SeedStreams([*some, *filling], device)
             start = streams.latents(shape).to(torch.float64) * float(sigmas[0])
-            labels = _labels(class_labels, streams, denoiser, first)
+            labels = _labels(None if class_labels is None else class_labels[first:first + micro_batch], streams, denoiser)
             x = sample(denoiser, start, sigmas, class_labels=labels, noise=streams.noise if _stirs(settings) else None,
-                       callback=callback and _without_filling(callback, len(some), micro_batch), **settings)
+                       callback=callback and _without_filling(callback, len(some), rows), **settings)
             images.append(x[:len(some)])
             bar.update(len(some))
     return torch.cat(images)
@@ -285,18 +320,35 @@ def _stirs(settings):
     return settings.get("churn") is not None or getattr(settings.get("guidance"), "churn", None) is not None
 
 
-def _labels(class_labels, streams, denoiser, first):
-    "Labels of one micro-batch: given ones (the filling repeats the first), drawn ones, or none."
-    classes, b = getattr(denoiser, "label_dim", 0), len(streams.seeds)
+def _rows(micro_batch):
+    "Rows that are evaluated together: a multiple of 8, because the last rows of other sizes get other last bits."
+    if not isinstance(micro_batch, numbers.Integral) or micro_batch < 1:
+        raise ValueError(f"micro_batch must be an integer of at least 1, got {micro_batch!r}")
+    return -(-micro_batch // 8) * 8
+
+
+def _check_labels(class_labels, n, device):
+    "One label per seed, or none."
     if class_labels is None:
-        return streams.labels(classes) if classes else None
-    some = class_labels[first:first + b]
-    return torch.cat([some, class_labels[:1].expand(b - len(some), *class_labels.shape[1:])])
+        return None
+    class_labels = torch.as_tensor(class_labels, device=device)
+    if len(class_labels) != n:
+        raise ValueError(f"class_labels must hold one label per seed, got {len(class_labels)} for {n} seeds")
+    return class_labels
 
 
-def _without_filling(callback, n, micro_batch):
+def _labels(given, streams, denoiser):
+    "Labels of one micro-batch: given ones (the filling repeats the first), drawn ones, or none."
+    classes = getattr(denoiser, "label_dim", 0)
+    drawn = streams.labels(classes) if classes else None  # EDM draws even if labels are given: a seed's noise does not depend on them
+    if given is None:
+        return drawn
+    return torch.cat([given, given[:1].expand(len(streams.seeds) - len(given), *given.shape[1:])])
+
+
+def _without_filling(callback, n, rows):
     "A callback that sees the first n images of a micro-batch."
     def trimmed(info):
-        callback({key: value[:n] if isinstance(value, torch.Tensor) and value.shape[:1] == (micro_batch,) else value
+        callback({key: value[:n] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
                   for key, value in info.items()})
     return trimmed

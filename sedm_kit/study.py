@@ -153,13 +153,16 @@ def moment_control(
     plain: Run,     # with its images
 ) -> Run:
     "The control: plain samples, moved afterwards so that mean and covariance fit the data (map fitted on the other blocks)."
-    control, reference = Run(Arm("plain + moment map", source="plain"), plain.trace), FeatureStats.of(world.train)
+    reference, pixels = FeatureStats.of(world.train), world.train[0].numel()
+    enough = sum(map(len, plain.images[1:])) >= 20 * pixels  # a full map fitted on fewer images adds more noise than it repairs
+    basis, name = ("full", "full covariance") if enough else ("diagonal", "per principal mode, as images are few")
+    control = Run(Arm("plain + moment map", source=f"plain; map fitted on the other blocks, {name}"), plain.trace)
     for block, images in enumerate(plain.images):
         others = FeatureStats()
         for k, stats in enumerate(plain.stats):
             if k != block:
                 others.merge(stats["pixel"])
-        _add_block(control, world, match_moments(images, reference, source=others))
+        _add_block(control, world, match_moments(images, reference, basis, source=others))
     return control
 
 # %% ../nbs/14_study.ipynb #8b59da1b

@@ -226,7 +226,7 @@ def test_noise_error_has_the_asked_size_and_is_fresh_at_every_call():
 
 
 def test_spoilt_denoisers_keep_the_attributes():
-    denoiser = Denoiser(lambda x, sigma, labels: x, (3, 8, 8), sigma_data=0.7, sigma_min=0.01, sigma_max=50.0, label_dim=4)
+    denoiser = Denoiser(lambda x, sigma: x, (3, 8, 8), sigma_data=0.7, sigma_min=0.01, sigma_max=50.0, label_dim=4)
     for spoilt in (scale_error(denoiser, 0.9), noise_error(denoiser, 0.1), sigma_error(denoiser, 1.1)):
         assert (spoilt.img_channels, spoilt.img_resolution, spoilt.sigma_data, spoilt.sigma_min, spoilt.sigma_max, spoilt.label_dim) == \
                (3, 8, 0.7, 0.01, 50.0, 4)

@@ -18,7 +18,7 @@ from sedm_kit.networks import EDMPrecond, PatchFeatures, PatchLogRatio, seeded
 def build(kind="denoiser"):
     "A small network with random weights everywhere."
     with seeded(1):
-        model = {"denoiser": lambda: EDMPrecond(8, 1, channels=8, blocks=1, sigma_data=0.7),
+        model = {"denoiser": lambda: EDMPrecond(8, 1, model_type="PatchNet", channels=8, blocks=1, sigma_data=0.7),
                  "log_ratio": lambda: PatchLogRatio(8, 1, channels=8, blocks=1, sigma_range=(0.05, 2.0)),
                  "features": lambda: PatchFeatures(8, 1, classes=3, channels=4)}[kind]()
         for tensor in model.state_dict().values():

@@ -18,7 +18,7 @@ SIGMA_DATA = st.floats(0.05, 5.0)
 def random_denoiser(**settings):
     "A denoiser whose output layer is not zero, as after training."
     with seeded(0):
-        model = EDMPrecond(8, 1, **{"channels": 16, "blocks": 1, **settings}).eval().requires_grad_(False)
+        model = EDMPrecond(8, 1, **{"model_type": "PatchNet", "channels": 16, "blocks": 1, **settings}).eval().requires_grad_(False)
         torch.nn.init.normal_(model.model.head.weight, std=0.1)
     return model
 
@@ -26,7 +26,7 @@ def random_denoiser(**settings):
 @settings(max_examples=50, deadline=None)
 @given(sigma=SIGMA, sigma_data=SIGMA_DATA)
 def test_coefficients_are_karras_table_1(sigma, sigma_data):
-    c_skip, c_out, c_in, c_noise = (float(c) for c in EDMPrecond(8, 1, sigma_data=sigma_data, channels=8, blocks=1)
+    c_skip, c_out, c_in, c_noise = (float(c) for c in EDMPrecond(8, 1, model_type="PatchNet", sigma_data=sigma_data, channels=8, blocks=1)
                                     .coefficients(torch.tensor(sigma, dtype=torch.float64)))
     root = math.hypot(sigma, sigma_data)
     assert c_skip == pytest.approx((sigma_data / root) ** 2)
@@ -40,7 +40,7 @@ def test_coefficients_are_karras_table_1(sigma, sigma_data):
 def test_input_and_target_have_unit_variance(sigma, sigma_data):
     "Exactly, by the variances of independent data and noise; Karras et al. 2022, Appendix B.6."
     sigma = torch.tensor(sigma, dtype=torch.float64)
-    c_skip, c_out, c_in, _ = EDMPrecond(8, 1, sigma_data=sigma_data, channels=8, blocks=1).coefficients(sigma)
+    c_skip, c_out, c_in, _ = EDMPrecond(8, 1, model_type="PatchNet", sigma_data=sigma_data, channels=8, blocks=1).coefficients(sigma)
     assert_close(c_in**2 * (sigma_data**2 + sigma**2), torch.ones_like(sigma))
     target = ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) / c_out**2
     assert_close(target, torch.ones_like(sigma), rtol=1e-9, atol=0)
@@ -49,7 +49,7 @@ def test_input_and_target_have_unit_variance(sigma, sigma_data):
 @settings(max_examples=20, deadline=None)
 @given(sigma=SIGMA, sigma_data=SIGMA_DATA)
 def test_untrained_is_the_exact_denoiser_of_white_gaussian_data(sigma, sigma_data):
-    model = EDMPrecond(8, 1, sigma_data=sigma_data, channels=8, blocks=1)
+    model = EDMPrecond(8, 1, model_type="PatchNet", sigma_data=sigma_data, channels=8, blocks=1)
     exact = GaussianMixture(torch.zeros(1, 1, 8, 8), [1.0], std=sigma_data).denoiser()
     x = math.hypot(sigma, sigma_data) * torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close(model(x, sigma).double(), exact(x, sigma), rtol=1e-5, atol=1e-6)
@@ -85,14 +85,14 @@ def test_images_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("resolution, channels", [(8, 1), (6, 3), (16, 2)])
 def test_shapes(resolution, channels):
     x = torch.randn(2, channels, resolution, resolution)
-    assert EDMPrecond(resolution, channels, channels=8, blocks=1)(x, 1.0).shape == x.shape
+    assert EDMPrecond(resolution, channels, model_type="PatchNet", channels=8, blocks=1)(x, 1.0).shape == x.shape
     assert PatchLogRatio(resolution, channels, channels=8, blocks=1)(x, 0.1).shape == (2,)
     assert PatchFeatures(resolution, channels, classes=3)(x).shape == (2, 64)
 
 
 def test_default_sizes():
     count = lambda model: sum(p.numel() for p in model.parameters())
-    assert 0.14e6 < count(EDMPrecond(8, 1)) < 0.16e6
+    assert 0.14e6 < count(EDMPrecond(8, 1, model_type="PatchNet")) < 0.16e6
     assert 0.07e6 < count(PatchLogRatio(8, 1)) < 0.12e6
 
 
@@ -167,8 +167,8 @@ def test_seeded_repeats_and_leaves_the_caller_alone():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: EDMPrecond(8, 1, model_type="SwinNet"), "unknown model_type 'SwinNet'; known: PatchNet"),
-    (lambda: EDMPrecond(7, 1), "img_resolution must be even, because images are folded 2x2, got 7"),
+    (lambda: EDMPrecond(8, 1, model_type="SwinNet"), "unknown model_type 'SwinNet'; known: PatchNet, SongUNet, DhariwalUNet"),
+    (lambda: EDMPrecond(7, 1, model_type="PatchNet"), "img_resolution must be even, because images are folded 2x2, got 7"),
     (lambda: PatchNet(8, 1, 1, channels=0), "channels must be a whole number of at least 1"),
     (lambda: PatchNet(8, 1, 1, blocks=2.5), "blocks must be a whole number .* got 2.5"),
     (lambda: PatchNet(8, 1, 1, channels=10**12), "below 65536"),

@@ -16,7 +16,7 @@ from sedm_kit.training import (classification_accuracy, cosine_lr, denoising_los
 
 def small(seed=0, **settings):
     with seeded(seed):
-        return EDMPrecond(8, 1, **{"sigma_data": 0.5, "channels": 8, "blocks": 1, **settings})
+        return EDMPrecond(8, 1, **{"model_type": "PatchNet", "sigma_data": 0.5, "channels": 8, "blocks": 1, **settings})
 
 
 def images(n=64, seed=0):
