@@ -39,7 +39,7 @@ bench: $(CORE) ## Measure the sampler's own cost against bare network calls
 	@$(PYTHON) bench/bench.py $(ARGS)
 
 worlds: $(DEV) ## Train the shipped worlds again, from the data to the files in sedm_kit/data (long)
-	@SEDM_FULL=1 $(PYTHON) tools/nbrun.py nbs/worlds
+	@SEDM_FULL=1 OMP_NUM_THREADS=1 $(PYTHON) tools/nbrun.py nbs/worlds
 
 notebooks: $(DEV) ## Run notebooks in place and keep their outputs (NB="nbs/00_noise.ipynb": only these)
 	@$(PYTHON) tools/nbrun.py $(NB)

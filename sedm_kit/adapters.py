@@ -106,11 +106,10 @@ def as_denoiser(
         told = c_noise(sigma.flatten().expand(len(x)))
         return c_skip * x + c_out * _answer(model, c_in(sigma) * x, told, _labels_for(class_labels, known["label_dim"], form, x.device))
 
-    denoiser = Denoiser(function, **known)
-    if alphas_cumprod is not None:
-        levels = sigma_from_alphas(alphas_cumprod)
-        denoiser.round_sigma = lambda sigma: _nearest_level(sigma, levels)
-    return denoiser
+    if alphas_cumprod is None:
+        return Denoiser(function, **known)
+    levels = sigma_from_alphas(alphas_cumprod)
+    return Denoiser(function, **known, round_sigma=lambda sigma: _nearest_level(sigma, levels))
 
 
 def _nearest_level(sigma, levels):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SATURATION', 'CLOSED', 'vp_input', 'correction', 'DiscriminatorGuidance', 'log_ratio_loss', 'accuracy_per_level',
-           'train_discriminator']
+           'train_discriminator', 'ADMDiscriminator']
 
 # %% ../nbs/07_discriminator.ipynb #0e7398fc
 import copy
@@ -217,3 +217,9 @@ def _discriminator_step(log_ratio, optimizer, real, fake, batch: int, step: int)
     loss.backward()
     optimizer.step()
     return loss.item()
+
+# %% ../nbs/07_discriminator.ipynb #7efdbe99
+from .adm_discriminator import ADMDiscriminator
+
+# %% ../nbs/07_discriminator.ipynb #0189e968
+_all_ = ["ADMDiscriminator"]  # made elsewhere, to be had from here

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'STRIP', 'PERIOD', 'WORLDS', 'Split', 'patch_columns', 'load_images', 'World', 'world_folder', 'load_world',
-           'fit_mixture']
+           'fit_mixture', 'RandomFeatures', 'world_from']
 
 # %% ../nbs/04_worlds.ipynb #b3b22557
 import json
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
+from tqdm.auto import tqdm
 
 from .analytic import GaussianMixture
 from .checkpoints import load_model
-from .networks import EDMPrecond
+from .images import open_images
+from .networks import seeded
 
 # %% ../nbs/04_worlds.ipynb #d200ee06
 class Split(NamedTuple):
@@ -92,16 +95,23 @@ def load_images(
     return _SPLITS[name]()
 
 # %% ../nbs/04_worlds.ipynb #1761e6ab
+def _moved(part, device):
+    "A network on a device; a plain function stays what it is."
+    return part.to(device) if hasattr(part, "to") else part
+
+
 @dataclass(frozen=True, repr=False)
 class World:
     "A data set with its denoiser, its discriminators and its feature space."
-    name: str                   # "digits" or "patches"
+    name: str                   # "digits", "patches", or your own
     train: torch.Tensor         # (n, c, h, w) float32 in [-1, 1], what the networks were trained on
     held_out: torch.Tensor      # (m, c, h, w), what they never saw
-    denoiser: EDMPrecond        # D(x, sigma)
+    denoiser: Callable          # D(x, sigma, class_labels=None)
     log_ratio: dict             # solver -> network L(u, tau), trained on that solver's samples
     features: Callable          # images (b, c, h, w) -> (b, f) float32
     card: dict                  # facts about the world, and the cards of its networks
+    train_labels: torch.Tensor | None = None     # (n,) int64; None: no labels
+    held_out_labels: torch.Tensor | None = None  # (m,) int64
 
     @property
     def shape(self) -> tuple:
@@ -111,7 +121,7 @@ class World:
     @property
     def sigma_data(self) -> float:
         "Standard deviation of the training images."
-        return self.denoiser.sigma_data
+        return self.card["sigma_data"] if "sigma_data" in self.card else self.denoiser.sigma_data
 
     def to(
         self,
@@ -119,8 +129,9 @@ class World:
     ) -> "World":    # the same world there; its networks are moved, not copied
         "Move images and networks to a device."
         log_ratio = {solver: network.to(device) for solver, network in self.log_ratio.items()}
-        return replace(self, train=self.train.to(device), held_out=self.held_out.to(device), denoiser=self.denoiser.to(device),
-                       log_ratio=log_ratio, features=self.features.to(device))
+        parts = {name: _moved(getattr(self, name), device) for name in
+                 ("train", "held_out", "denoiser", "features", "train_labels", "held_out_labels")}
+        return replace(self, log_ratio=log_ratio, **parts)
 
     def __repr__(self):
         return (f"World({self.name!r}: {len(self.train)} + {len(self.held_out)} images {self.shape}, sigma_data={self.sigma_data:.3f}, "
@@ -152,7 +163,7 @@ def load_world(
         solver = path.stem.removeprefix("log_ratio_")
         log_ratio[solver], card["log_ratio"][solver] = load_model(path)
     images = load_images(name)
-    return World(name, images.train, images.held_out, denoiser, log_ratio, features, card)
+    return World(name, images.train, images.held_out, denoiser, log_ratio, features, card, images.train_labels, images.held_out_labels)
 
 # %% ../nbs/04_worlds.ipynb #5bf5b27a
 def fit_mixture(
@@ -173,3 +184,121 @@ def fit_mixture(
     covariances = torch.stack([part.T.cov(correction=0) + ridge * eye for part in parts])
     means = torch.stack([part.mean(0) for part in parts]).unflatten(1, images.shape[1:])
     return GaussianMixture(means, [float(len(part)) for part in parts], cov=covariances)
+
+# %% ../nbs/04_worlds.ipynb #4d7c8cd8
+def _in_batches(function, images, batch):
+    "A feature map over many images, a bounded number at a time."
+    parts = images.to(torch.float32).split(batch)
+    return torch.cat([function(part) for part in tqdm(parts, desc="features", delay=2, leave=False)])
+
+
+class RandomFeatures(nn.Module):
+    "A feature space of fixed random filters, for images that have no trained one."
+    def __init__(
+        self,
+        images,              # (n, c, h, w) training images: they set centre and scale
+        features: int = 64,  # dimensions
+        width: int = 64,     # filters of the second and third layer, twice those of the first
+        seed: int = 0,       # of the filters
+        batch: int = 256,    # images at a time, bounds the memory
+    ):
+        super().__init__()
+        widths = (images.shape[1], width // 2, width, width)
+        with seeded(seed):
+            layers = [nn.Sequential(nn.Conv2d(*widths[k:k + 2], 3, stride, padding=1), nn.SiLU()) for k, stride in enumerate((1, 2, 1))]
+            self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, features))
+            for layer in self.body.modules():
+                if hasattr(layer, "weight"):  # keeps the size of the responses from layer to layer
+                    nn.init.kaiming_normal_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        self.batch = batch
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(()))
+        self.requires_grad_(False)
+        raw = self(images)
+        self.center, self.scale = raw.mean(0), raw.var(0).mean().rsqrt()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images,         # (b, c, h, w) in [-1, 1], any float
+    ) -> torch.Tensor:  # (b, features) float32; mean 0 and mean variance 1 over the training images
+        return (_in_batches(self.body, images, self.batch) - self.center) * self.scale
+
+# %% ../nbs/04_worlds.ipynb #33e0faf4
+class _Batched(nn.Module):
+    "Somebody's feature map, given a bounded number of images at a time."
+    def __init__(self, function, batch=256):
+        super().__init__()
+        self.function, self.batch = function, batch  # a network becomes a part of this one, and moves with it
+
+    @torch.no_grad()
+    def forward(self, images):
+        return _in_batches(self.function, images, self.batch)
+
+
+def _check_fit(source, denoiser):
+    "Refuse images or labels that are not the denoiser's."
+    channels, side = getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None)
+    wanted = (channels or source.shape[0], *(side or size for size in source.shape[1:]))
+    if wanted != source.shape:
+        raise ValueError(f"the denoiser makes images of shape {wanted}, but those of {source.name} have shape {source.shape}")
+    classes = getattr(denoiser, "label_dim", 0)
+    if classes and source.labels is None:
+        raise ValueError(f"the denoiser knows {classes} classes, but {source.name} has no labels; open_images(..., labels=...) adds them")
+    if classes and source.labels.max() >= classes:
+        raise ValueError(f"the denoiser knows {classes} classes, 0 to {classes - 1}, but {source.name} has the label {int(source.labels.max())}")
+
+
+@torch.no_grad()
+def _probe(what, function, images, *arguments):
+    "The result of one evaluation on two images; ValueError if it fails or is not finite."
+    parameter = next(iter(function.parameters()), None) if isinstance(function, nn.Module) else None
+    device = images.device if parameter is None else parameter.device
+    try:
+        result = function(images[:2].to(device), *(part if part is None else part.to(device) for part in arguments))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the {what} fails on images of shape {tuple(images.shape[1:])}: {error}") from error
+    if not torch.isfinite(result).all():
+        raise ValueError(f"the {what} returns values that are not finite")
+    return result
+
+
+def _held_in_memory(source, limit, seed):
+    "At most so many images of a source, chosen at random, and their labels."
+    if len(source) > limit:
+        source = source.split(limit, seed)[1]
+    return source.tensor(), source.labels
+
+
+def world_from(
+    images,              # ImageSource, or what open_images takes: what the denoiser was trained on
+    denoiser: Callable,  # D(x, sigma, class_labels=None); its img_channels, img_resolution and label_dim are compared with the images
+    features=None,       # images (b, c, h, w) in [-1, 1] -> (b, f); None: RandomFeatures
+    held_out=0.1,        # images that the denoiser never saw (a source or what open_images takes); or a share (< 1) or number to set aside
+    name: str = "mine",  # for titles and files
+    limit: int = 50_000, # images of each part that are held in memory, four bytes per value
+    seed: int = 0,       # of the split and of the choice
+) -> World:              # without discriminators
+    "A world of your own images and denoiser."
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be a function or network D(x, sigma, class_labels=None), got {denoiser!r}")
+    if limit < 2:
+        raise ValueError(f"limit must be at least 2 images, got {limit!r}")
+    source = open_images(images)
+    _check_fit(source, denoiser)
+    set_aside = isinstance(held_out, (int, float))
+    rest, fresh = source.split(held_out, seed) if set_aside else (source, open_images(held_out, expect=source.shape))
+    _check_fit(fresh, denoiser)
+    (train, labels), (fresh, fresh_labels) = (_held_in_memory(part, limit, seed) for part in (rest, fresh))
+    sigma_data = train.std().item()
+    some = None if not getattr(denoiser, "label_dim", 0) else labels[:2]
+    if (shape := tuple(_probe("denoiser", denoiser, train[:2].double(), torch.tensor(sigma_data).double(), some).shape)) != (len(train[:2]), *source.shape):
+        raise ValueError(f"the denoiser makes {shape} of {(len(train[:2]), *source.shape)}")
+    if features is not None and (result := _probe("feature map", features, train[:2])).ndim != 2:
+        raise ValueError(f"features must be (b, f), got shape {tuple(result.shape)}")
+    card = {"images": source.name, "sigma_data": sigma_data, "seed": seed,
+            "held_out": "set aside from the same images, which the denoiser may have seen" if set_aside else "a source of its own",
+            "denoiser": {"class": type(denoiser).__name__, "sigma_data": getattr(denoiser, "sigma_data", None)},
+            "features": {"class": "RandomFeatures", "seed": 0} if features is None else {"class": type(features).__name__}, "log_ratio": {}}
+    return World(name, train, fresh, denoiser, {}, RandomFeatures(train) if features is None else _Batched(features), card, labels, fresh_labels)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sedm_kit.analytic import Denoiser, GaussianMixture
-from sedm_kit.checkpoints import as_denoiser, as_eps_model, from_k_diffusion, nearest_step, own_dtype, to_k_diffusion
+from sedm_kit.adapters import as_denoiser, as_eps_model, from_k_diffusion, nearest_step, own_dtype, to_k_diffusion
 from sedm_kit.ddpm import respaced_steps, sample_ddpm
 from sedm_kit.networks import EDMPrecond, PatchNet, seeded
 from sedm_kit.noise import ddpm_alphas_cumprod, edm_sigmas, sigma_from_alphas, vp_time
@@ -96,7 +96,7 @@ def test_rounding():
     denoiser = as_denoiser(discrete("eps"), "eps", alphas_cumprod=COSINE)
     assert nearest_step(torch.tensor(0.0), LEVELS) == 0 and denoiser.round_sigma(0.0) == LEVELS[0] and denoiser.round_sigma(1e9) == LEVELS[-1]
     assert denoiser.round_sigma(LEVELS).equal(LEVELS)
-    assert not hasattr(as_denoiser(discrete("eps"), "x0"), "round_sigma")
+    assert as_denoiser(discrete("eps"), "x0").round_sigma(0.3) == 0.3  # every level is known
     with_clean_end = as_denoiser(discrete("eps"), "eps", alphas_cumprod=[1.0, 0.9, 0.5])
     assert with_clean_end.round_sigma([0.0, 0.2, 0.7]).tolist() == pytest.approx([0, 1 / 3, 1.0])
 

@@ -98,7 +98,7 @@ def test_a_card_that_cannot_be_written_writes_nothing(card, error, tmp_path):
 def test_other_classes_are_not_saved(tmp_path):
     class EDMPrecond(torch.nn.Linear): "An impostor by name."
     for model in (torch.nn.Linear(1, 1), EDMPrecond(1, 1)):
-        with pytest.raises(TypeError, match="cannot save a .*known classes: EDMPrecond, PatchLogRatio, PatchFeatures"):
+        with pytest.raises(TypeError, match="cannot save a .*known classes: EDMPrecond, .*PatchFeatures"):
             save_model(model, tmp_path / "a.safetensors", {})
 
 

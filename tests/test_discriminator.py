@@ -202,7 +202,6 @@ def test_bad_arguments(arguments, message):
         DiscriminatorGuidance(linear(1.0), **arguments)
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="not checked yet: L of shape (b,1) spreads to (b,b)")
 def test_a_log_ratio_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(3, 1\)"):
         DiscriminatorGuidance(lambda u, tau, class_labels=None: u.flatten(1).sum(1, keepdim=True), 1.0)(unit(3, 1, 2, 2), 1.0)

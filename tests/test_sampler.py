@@ -195,7 +195,6 @@ def test_churned_level_is_rounded_to_one_the_denoiser_knows():
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex")
-@pytest.mark.xfail(strict=True, reason="a churned level that rounds to below the grid's makes the state complex: sqrt of a negative number")
 def test_rounding_down_a_churned_level_never_leaves_the_real_numbers():
     denoiser = MIXTURE.denoiser()
     denoiser.round_sigma = lambda sigma: torch.as_tensor(sigma).round()
@@ -376,7 +375,6 @@ def test_exact_denoisers_keep_the_promise_at_multiples_of_four(full):
         assert torch.equal(sample_seeds(mix.denoiser(), subset, edm_sigmas(5), micro_batch=8, churn=Churn(2.0)), images[list(subset)])
 
 
-@pytest.mark.xfail(reason="matrix products treat the last rows of a batch apart unless its size is a multiple of 4: other last bits at another place")
 def test_exact_denoisers_keep_the_promise_at_any_micro_batch():
     half = unit(3, 64, 64)
     mix = GaussianMixture(unit(3, 1, 8, 8), [1, 2, 3], cov=half @ half.mT / 64)
@@ -427,7 +425,7 @@ def test_labels_are_drawn_between_latents_and_noise():
     expected, drawn = by_hand(seeds, edm_sigmas(5), churn)
     images = sample_seeds(labelled(seen=seen), seeds, edm_sigmas(5), micro_batch=3, churn=churn)
     assert_close(images, expected, rtol=1e-10, atol=1e-10)
-    assert seen[0].tolist() == drawn[:3] and seen[9].tolist()[:2] == drawn[3:] and len(set(drawn)) > 2
+    assert seen[0].tolist()[:3] == drawn[:3] and seen[9].tolist()[:2] == drawn[3:] and len(set(drawn)) > 2
     assert (images.mean((1, 2, 3)) - torch.tensor(drawn)).abs().max() < 1  # and the labels matter
 
 
@@ -437,11 +435,10 @@ def test_given_labels_go_to_their_images():
         seen = []
         denoiser = Denoiser(lambda x, sigma, class_labels=None: seen.append(class_labels) or x * 0, (1, 2, 2), sigma_data=1.0, label_dim=10)
         sample_seeds(denoiser, [4, 17, 0, 2, 9], [1.0, 0.0], micro_batch=2, class_labels=given_labels)
-        assert torch.cat(seen)[:5].tolist() == given_labels.tolist()
-        assert {len(part) for part in seen} == {2}  # the filling has labels too
+        assert torch.cat([part[:2] for part in seen])[:5].tolist() == given_labels.tolist()
+        assert {len(part) for part in seen} == {8}  # the filling has labels too
 
 
-@pytest.mark.xfail(strict=True, reason="EDM draws a label even if another is given; here the noise of a stirred run starts one draw earlier")
 def test_given_labels_leave_the_noise_of_a_seed_alone():
     churn, labels = Churn(4.0, 0.05, 50.0, 1.01), torch.tensor([7, 1])
     expected, _ = by_hand([4, 17], edm_sigmas(5), churn, labels=labels)
@@ -592,8 +589,8 @@ def test_bad_churn(settings, message):
 
 
 @pytest.mark.parametrize("answer, message", [
-    (lambda x, sigma: x[:, :, :1], r"shape of its input, \(2, 1, 2, 2\), got \(2, 1, 1, 2\)"),
-    (lambda x, sigma: x.mean(0), r"shape of its input, \(2, 1, 2, 2\), got \(1, 2, 2\)"),
+    (lambda x, sigma: x[:, :, :1], r"its input's shape, \(2, 1, 2, 2\), got \(2, 1, 1, 2\)"),
+    (lambda x, sigma: x.mean(0), r"its input's shape, \(2, 1, 2, 2\), got \(1, 2, 2\)"),
     (lambda x, sigma: x * math.nan, "NaN or infinity at the first evaluation, noise level 4"),
     (lambda x, sigma: x.index_fill(0, torch.tensor(1), math.inf), "NaN or infinity at the first evaluation, noise level 4"),
 ])
@@ -607,7 +604,7 @@ def test_a_broken_denoiser_is_found_at_the_first_evaluation(answer, message):
 @pytest.mark.parametrize("answer, message", [
     (lambda x, sigma: x * math.nan if sigma < 3 else x * 0, "2 of 2 images became NaN or infinite"),
     (lambda x, sigma: x.index_fill(0, torch.tensor(1), math.nan) if sigma < 3 else x * 0, "1 of 2 images became NaN or infinite"),
-    (lambda x, sigma: x[:1] if sigma < 3 else x * 0, r"shape of its input, \(2, 1, 2, 2\), got \(1, 1, 2, 2\)"),
+    (lambda x, sigma: x[:1] if sigma < 3 else x * 0, r"its input's shape, \(2, 1, 2, 2\), got \(1, 1, 2, 2\)"),
 ])
 def test_a_denoiser_that_breaks_later_gives_no_images(answer, message):
     with pytest.raises(ValueError, match=message):
@@ -639,10 +636,8 @@ def test_sample_seeds_refuses_before_any_evaluation(arguments, message):
     assert denoiser.calls == 0
 
 
-NOT_YET = "not checked yet: works on with another meaning, or ends in an error that does not say what is expected"
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 @pytest.mark.parametrize("seeds, message", [([0, 2**32], "seed .*more than once|2\\^32"), ([1.5, 2.7], "integer.*1.5"), (["3.5"], "integer.*3.5")])
 def test_seeds_that_mean_the_same_image_or_none(seeds, message):
     with pytest.raises(ValueError) as caught:
@@ -650,7 +645,6 @@ def test_seeds_that_mean_the_same_image_or_none(seeds, message):
     assert re.search(message, str(caught.value))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 @pytest.mark.parametrize("size", [0, -1, 2.5])
 def test_a_bad_micro_batch(size):
     with pytest.raises(Exception) as caught:
@@ -658,13 +652,11 @@ def test_a_bad_micro_batch(size):
     assert caught.type in (ValueError, TypeError) and re.search(f"micro_batch.*{size}", str(caught.value))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 def test_labels_for_fewer_images_than_seeds():
     with pytest.raises(ValueError, match="class_labels.*3.*5"):  # the last two images get the first one's label
         sample_seeds(labelled(), range(5), [1.0, 0.0], micro_batch=8, class_labels=torch.tensor([1, 2, 3]))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 @pytest.mark.parametrize("arguments, message", [(dict(solver=["heun"]), "unknown solver"), (dict(scaling="1.0x"), "lambda|scaling"),
                                                 (dict(scaling=None), "lambda|scaling")])
 def test_arguments_of_another_type(arguments, message):
@@ -673,7 +665,6 @@ def test_arguments_of_another_type(arguments, message):
     assert caught.type in (ValueError, TypeError) and re.search(message, str(caught.value))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_YET)
 def test_a_denoiser_that_returns_no_tensor():
     with pytest.raises(Exception) as caught:
         sample(Counting(lambda x, sigma: (x, x)), START, [4.0, 0.0])

@@ -1,13 +1,19 @@
 "The worlds: their data and splits, the shipped files, the fitted mixture."
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from sedm_kit.analytic import Denoiser
+from sedm_kit.images import open_images, write_edm_zip
+from sedm_kit.metrics import FeatureStats, fd
+from sedm_kit.networks import EDMPrecond, seeded
 from sedm_kit.training import denoising_loss, held_out_losses
-from sedm_kit.worlds import PATCH, WORLDS, fit_mixture, load_images, load_world, patch_columns, world_folder
+from sedm_kit.worlds import PATCH, WORLDS, RandomFeatures, fit_mixture, load_images, load_world, patch_columns, world_folder, world_from
 
 
 DIGITS_HELD_OUT = [21, 24, 28, 34, 35, 37, 39, 42]  # first rows of scikit-learn's file that are held out
@@ -190,3 +196,114 @@ def test_exact_denoiser_of_the_mixture_beats_the_network_on_the_mixture():
 def test_mixtures_need_a_sensible_number_of_groups(k):
     with pytest.raises(ValueError, match="k must be between 1 and the number of images"):
         fit_mixture(load_images("digits").held_out, k=k)
+
+
+# ---- worlds of one's own
+
+def colour(n=40, side=8, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def shrink(x, sigma, class_labels=None):
+    return x / (1 + torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1) ** 2)
+
+
+def test_a_world_of_ones_own_is_like_a_shipped_one():
+    digits = load_world("digits")
+    mine = world_from(digits.train, digits.denoiser, digits.features, held_out=digits.held_out, name="again")
+    assert torch.equal(mine.train, digits.train) and torch.equal(mine.held_out, digits.held_out) and mine.denoiser is digits.denoiser
+    assert mine.name == "again" and mine.shape == digits.shape and mine.log_ratio == {} and mine.train_labels is None
+    assert mine.sigma_data == pytest.approx(digits.sigma_data, abs=1e-3)
+    assert torch.equal(mine.features(digits.held_out[:300]), torch.cat([digits.features(part) for part in digits.held_out[:300].split(256)]))
+    assert "no solver" in repr(mine) and json.dumps(mine.card) and mine.card["held_out"] == "a source of its own"
+    assert mine.to("cpu").train is mine.train
+
+
+@pytest.mark.parametrize("held_out, sizes", [(0.1, (36, 4)), (7, (33, 7)), (colour(5, seed=1), (40, 5))])
+def test_held_out_images_are_set_aside_or_given(held_out, sizes):
+    source = open_images(colour(), labels=torch.arange(40))
+    given = isinstance(held_out, torch.Tensor)
+    world = world_from(source, Denoiser(shrink, (3, 8, 8), 0.58), held_out=open_images(held_out, labels=range(5)) if given else held_out)
+    assert (len(world.train), len(world.held_out)) == sizes
+    assert ("may have seen" in world.card["held_out"]) is not given
+    if not given:
+        assert sorted(world.train_labels.tolist() + world.held_out_labels.tolist()) == list(range(40))
+    assert torch.equal(world.train, colour()[world.train_labels])
+    again = world_from(source, Denoiser(shrink, (3, 8, 8), 0.58), held_out=held_out if not given else 0.1, seed=1)
+    assert given or not torch.equal(again.train_labels, world.train_labels)
+
+
+def test_the_limit_bounds_both_parts_and_is_a_random_choice(tmp_path):
+    write_edm_zip(tmp_path / "x.zip", colour(), torch.arange(40))
+    world = world_from(tmp_path / "x.zip", shrink, held_out=20, limit=6)
+    assert len(world.train) == len(world.held_out) == 6 and world.train_labels.tolist() != list(range(6))
+    assert_close(world.train, colour()[world.train_labels], rtol=0, atol=1 / 127.5)
+    assert not set(world.train_labels.tolist()) & set(world.held_out_labels.tolist())
+
+
+def test_plain_functions_do_as_denoiser_and_features():
+    world = world_from(colour(300), shrink, lambda images: images.mean((2, 3))).to("cpu")
+    assert world.features(colour(300)).shape == (300, 3) and world.sigma_data == pytest.approx(world.train.std().item())
+
+
+def test_labels_of_a_conditional_denoiser():
+    seen = []
+    network = EDMPrecond(8, 3, label_dim=4, model_type="PatchNet", channels=8, blocks=1)
+    network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    labelled = open_images(colour(), labels=torch.arange(40) % 4)
+    world = world_from(labelled, network, features=nn.Flatten())
+    assert torch.equal(seen[0], world.train_labels[:2]) and len(world.held_out_labels) == len(world.held_out)
+    with pytest.raises(ValueError, match=r"knows 4 classes, but array has no labels; open_images\(..., labels=...\) adds them"):
+        world_from(colour(), network)
+    with pytest.raises(ValueError, match="knows 4 classes, 0 to 3, but array has the label 39"):
+        world_from(open_images(colour(), labels=range(40)), network)
+    with pytest.raises(ValueError, match="array has no labels"):
+        world_from(labelled, network, held_out=colour(5))
+
+
+def nan_denoiser(x, sigma, class_labels=None):
+    return x * float("nan")
+
+
+@pytest.mark.parametrize("images, denoiser, options, message", [
+    (colour(side=16), Denoiser(shrink, (3, 8, 8), 0.5), {}, r"denoiser makes images of shape \(3, 8, 8\), but those of array have shape \(3, 16, 16\)"),
+    (colour()[:, :1], Denoiser(shrink, (3, 8, 8), 0.5), {}, r"but those of array have shape \(1, 8, 8\)"),
+    (colour(), nn.Conv2d(1, 1, 3), {}, r"the denoiser fails on images of shape \(3, 8, 8\)"),
+    (colour(), nan_denoiser, {}, "the denoiser returns values that are not finite"),
+    (colour(), lambda x, sigma, labels: x[:, :, 1:], {}, r"the denoiser makes \(2, 3, 7, 8\) of \(2, 3, 8, 8\)"),
+    (colour(), shrink, {"features": lambda x: x}, r"features must be \(b, f\), got shape \(2, 3, 8, 8\)"),
+    (colour(), shrink, {"features": nn.Linear(5, 5)}, "the feature map fails on images"),
+    (colour(), shrink, {"held_out": 40}, "held_out must leave at least one image on either side of 40, got 40"),
+    (colour(), shrink, {"held_out": colour(side=16)}, r"shape \(3, 16, 16\), expected \(3, 8, 8\)"),
+    (colour() * 2, shrink, {}, r"expected floats in \[-1, 1\]"),
+    ("nowhere.zip", shrink, {}, "no images at nowhere.zip"),
+    (colour(), shrink, {"limit": 0}, "limit must be at least 2"),
+    (colour(), None, {}, "denoiser must be a function"),
+])
+def test_what_does_not_fit_is_refused(images, denoiser, options, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        world_from(images, denoiser, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 5, 9)])
+def test_random_features_are_fixed_by_their_seed_and_normalised(shape):
+    images = torch.randn(300, *shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    features = RandomFeatures(images)
+    assert_close(features(images).double().mean(0), torch.zeros(64, dtype=torch.float64), atol=1e-4, rtol=0)
+    assert_close(features(images).double().var(0).mean().item(), 1.0, rtol=1e-4, atol=0)
+    with seeded(5):
+        again = RandomFeatures(images)
+    assert torch.equal(again(images), features(images)) and not torch.equal(RandomFeatures(images, seed=1)(images), features(images))
+    assert_close(RandomFeatures(images, batch=7)(images), features(images), atol=1e-4, rtol=1e-4)
+    assert not any(parameter.requires_grad for parameter in features.parameters())
+
+
+def test_random_features_see_what_second_moments_cannot(world):
+    train = world.train[:4000]
+    generator = torch.Generator().manual_seed(0)
+    gaussian = fit_mixture(train, k=1, ridge=1e-6).sample(1000, generator=generator).float()
+    real = train[torch.randint(len(train), (1000,), generator=generator)]
+    def floors(look):
+        reference = FeatureStats.of(look(train))
+        return fd(FeatureStats.of(look(gaussian)), reference) / fd(FeatureStats.of(look(real)), reference)
+    assert floors(lambda images: images) < 2 and floors(RandomFeatures(train)) > 8
