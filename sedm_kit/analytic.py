@@ -6,6 +6,7 @@
 __all__ = ['ask', 'Denoiser', 'per_image', 'GaussianMixture', 'gaussian_flow', 'scale_error', 'noise_error', 'sigma_error']
 
 # %% ../nbs/01_analytic.ipynb #18186237
+import copy
 import math
 from collections.abc import Callable
 
@@ -126,6 +127,14 @@ class GaussianMixture:
     def denoiser(self) -> Denoiser:
         "The exact denoiser, as every sampler of the kit takes it."
         return Denoiser(self.denoise, self.shape, sigma_data=self.cov.trace().div(len(self.cov)).sqrt().item())
+
+    def to(self, device) -> "GaussianMixture":
+        "The same mixture on a device."
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
 
     def score(self, x, sigma) -> torch.Tensor:
         "Gradient of the noisy log-density, (b,c,h,w); sigma > 0."

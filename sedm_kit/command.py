@@ -31,13 +31,22 @@ def study(
     lam: float = None,           # epsilon scaling: divisor of epsilon in ES and SEDM-G++ (1 is neutral); default: the world's own
     w_dg: float = None,          # discriminator guidance: weight in DG and SEDM-G++; default: the world's own
     device: str = "cpu",         # cpu or cuda
+    model: str = None,           # your own denoiser instead of a world: EDM's pickle, an ADM checkpoint, or safetensors
+    data: str = None,            # its images: a folder, zip, npz or CIFAR-10 archive
+    schedule: str = "cosine",    # noise schedule of an ADM checkpoint: cosine or linear
+    classifier: str = None,      # DG's feature extractor, with --discriminator
+    discriminator: str = None,   # DG's discriminator, with --classifier
+    train_discriminator: int = 0,  # or train a small one per solver on your model's samples, this many steps
+    split_images: int = 1000,    # images for the drift split, which samples with 40 Heun steps
+    micro_batch: int = 250,      # images per evaluation
     threads: int = 1,            # torch's threads on a CPU; the networks are tiny, so more is rarely faster
     out: str = "sedm_study",     # folder for report.html, results.json and the figures
 ):
     """Measure exposure bias on a world: plain sampling, epsilon scaling (ES), discriminator guidance (DG) and both (SEDM-G++),
     on common seeds, with error bars. Writes a report that opens in any browser. Example: sedm study --world patches --solver euler --images 500"""
     plan = Plan(world=world, solvers=tuple(name.strip() for name in solver.split(",")), steps=steps, images=images, blocks=blocks,
-                first_seed=seed, lam=lam, w_dg=w_dg, device=device, threads=threads)
+                first_seed=seed, lam=lam, w_dg=w_dg, device=device, model=model, data=data, schedule=schedule, classifier=classifier, discriminator=discriminator,
+                train_discriminator=train_discriminator, split_images=split_images, micro_batch=micro_batch, threads=threads)
     folder = claim_folder(out)
     results = run_study(plan)
     print(text_table(results), *(f"\n{solver}:\n  " + "\n  ".join(in_short(results, solver)) for solver in plan.solvers), sep="\n")

@@ -99,7 +99,8 @@ def in_short(
         if row["solver"] == solver:
             said.append(f"Variance drift with the {row['denoiser']}: {row['total']:+.3f}, of which {row['discretisation']:+.3f} comes from the solver's finite steps "
                         f"and {row['network']:+.3f} remains when the steps are nearly converged.")
-    said.append(f"The spectrum of the data alone, with no network, asks for λ = {results['predicted_lambda'][solver]:.4f} here.")
+    predicted = results["predicted_lambda"][solver]
+    said.append(f"The spectrum of the data alone, with no network, asks for λ = {predicted:.4f} here." if predicted else "By the spectrum of the data alone, no constant λ repairs so few steps.")
     return said + _caution(rows)
 
 
@@ -225,7 +226,7 @@ def page(
     for solver in plan["solvers"]:
         parts += [f"<h2>{solver.capitalize()}</h2>", _list_html(in_short(results, solver)), shown(f"samples-{solver}"), "<h3>Differences</h3>",
                   _differences_html(results, solver), shown(f"differences-{solver}"), "<h3>Drift along the way</h3>", shown(f"drift-{solver}")]
-    parts += ["<h2>Solver or network?</h2><p>The same samplers with nearly infinitely many steps: what is still wrong then is the network's share, the rest was the solver's.</p>", shown("split"), "<h2>The discriminators</h2>", shown("discriminators"),
+    parts += ["<h2>Solver or network?</h2><p>The same samplers with nearly infinitely many steps: what is still wrong then is the network's share, the rest was the solver's.</p>", shown("split"), "<h2>The discriminators</h2>" if "discriminators" in pictures else "", shown("discriminators"),
               "<h2>How it was done</h2>", _method_html(results)]
     return f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
 
