@@ -139,7 +139,7 @@ def _attributes(model, alphas_cumprod, **given):
     size = _own(model, None, "img_resolution", "image_size")
     own = dict(shape=(_own(model, None, "img_channels", "in_channels"), size, size), sigma_data=_own(model, 0.5, "sigma_data"),
                sigma_min=_own(model, levels[0], "sigma_min"), sigma_max=_own(model, levels[-1], "sigma_max"),
-               label_dim=_own(model, 0, "label_dim", "num_classes"))
+               label_dim=_own(model, 0, "label_dim", "num_classes", "classes"))
     known = {name: own[name] if value is None else value for name, value in given.items()}
     return known | {name: float(known[name]) for name in ("sigma_data", "sigma_min", "sigma_max")}
 

@@ -27,7 +27,7 @@ def sample(
     sigmas,                        # (n+1,) decreasing noise levels that end in 0
     *,
     solver="heun",                 # a name in SOLVERS, or step(slope, x, sigma, sigma_next, memory) -> x
-    churn: "Churn | None" = None,  # EDM's stochasticity; None is deterministic
+    churn=None,                    # a Churn (EDM's stochasticity); None is deterministic
     scaling=1.0,                   # lambda_t: a number, one per step, or a function (step, sigma) -> lambda
     guidance: Callable | None = None,  # (x, sigma, class_labels, *, step, stage) -> (weighted g, L or None)
     class_labels=None,             # one-hot (b,k) or int64 (b,), handed on to denoiser and guidance
