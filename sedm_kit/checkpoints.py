@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'MOST', 'PRECONDITIONINGS', 'write_atomically', 'write_json', 'save_model', 'check_sizes',
            'build_without_memory', 'check_tensors', 'load_model', 'give_tensors', 'denoiser_arguments', 'load_edm',
            'adm_arguments', 'load_adm', 'half_arguments', 'load_discriminator', 'file_sha256', 'load_any', 'convert',
-           'download', 'as_denoiser', 'as_eps_model', 'from_k_diffusion', 'to_k_diffusion']
+           'download', 'as_denoiser', 'as_eps_model', 'from_diffusers', 'from_k_diffusion', 'to_k_diffusion']
 
 # %% ../nbs/03_checkpoints.ipynb #e1c0bae0
 import hashlib
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .adapters import as_denoiser, as_eps_model, from_k_diffusion, to_k_diffusion
+from .adapters import as_denoiser, as_eps_model, from_diffusers, from_k_diffusion, to_k_diffusion
 from .adm_discriminator import ADMDiscriminator
 from .adm_unets import HALF_MULTIPLIERS, ADMUNet, HalfUNet
 from .allowlist import Noted, short
@@ -30,7 +30,7 @@ from .archives import Recorded, find_module, find_state_dict, read_file, read_mo
 from .networks import EDMPrecond, PatchFeatures, PatchLogRatio, VEPrecond, VPPrecond, iDDPMPrecond
 
 # %% ../nbs/03_checkpoints.ipynb #3de01a11
-_all_ = ["as_denoiser", "as_eps_model", "from_k_diffusion", "to_k_diffusion"]  # made in 03_adapters, to be had from here
+_all_ = ["as_denoiser", "as_eps_model", "from_diffusers", "from_k_diffusion", "to_k_diffusion"]  # made in 03_adapters, to be had from here
 
 # %% ../nbs/03_checkpoints.ipynb #34c5093e
 CLASSES = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, ADMUNet, HalfUNet, ADMDiscriminator,

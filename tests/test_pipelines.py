@@ -74,6 +74,7 @@ OTHERS += [("euler", diffusers.EDMEulerScheduler, dict(prediction_type=predictio
            for prediction, schedule in [("epsilon", "karras"), ("v_prediction", "karras"), ("epsilon", "exponential")]]
 OTHERS += [("euler", diffusers.EulerDiscreteScheduler, dict(beta_schedule=schedule, timestep_spacing="trailing"))
            for schedule in ("scaled_linear", "squaredcos_cap_v2")]
+OTHERS += [("euler", diffusers.EulerDiscreteScheduler, dict(timestep_spacing="leading", steps_offset=1))]
 
 
 @pytest.mark.parametrize("solver, cls, settings", OTHERS, ids=[f"{cls.__name__}-{'-'.join(map(str, settings.values()))}" for _, cls, settings in OTHERS])
@@ -171,6 +172,15 @@ def test_a_run_may_start_in_the_middle():
             x = scheduler.step(UNET(x, t).sample, t, x, return_dict=False)[0]
     expected = sample(from_diffusers(UNET, scheduler), NOISE.double() * scheduler.sigmas[2], scheduler.sigmas[2:])
     assert relative(x, expected) < 1e-6
+
+
+def test_a_learned_variance_is_left_out():
+    scheduler, answer = ESScheduler(solver="euler"), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(4))
+    results = []
+    for out in (answer, answer[:, :1]):
+        scheduler.set_timesteps(3)
+        results.append(scheduler.step(out, scheduler.timesteps[0], NOISE).prev_sample)
+    assert results[0].shape == NOISE.shape and torch.equal(*results)
 
 
 # ---- the parts
@@ -357,6 +367,7 @@ def test_config_without_the_object_gives_the_same_chain():
         assert torch.equal(diffusers_kind(scheduler.config).alphas_cumprod, scheduler.alphas_cumprod.double())
     zero_snr = diffusers_kind(diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"))
     assert 4095 < zero_snr.sigma_max < 1e5
+    assert diffusers_kind({"beta_schedule": "linear", "trained_betas": [0.1, 0.2, 1.0]}).sigma_max == pytest.approx(4096, rel=1e-6)
 
 
 def test_labels():
