@@ -227,6 +227,17 @@ class ESSteps(ESPlan):
         c_skip, c_out = PREDICTIONS[self.kind.prediction](torch.tensor(sigma, dtype=torch.float64), self.kind.sigma_data)
         return float(c_skip) * x + self.kind.sign * float(c_out) * model_output[:, :x.shape[1]].to(torch.float64)
 
+    @classmethod
+    def from_config(cls, config, **settings):
+        "Take over another scheduler's configuration; ValueError for what would be lost, TypeError for unknown settings."
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        unknown = settings.keys() - known - {"return_unused_kwargs"}
+        if unknown:
+            raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        check_config({**config, **settings})
+        # without the list of defaults: diffusers would drop entries that equal the other class's defaults, sigma_data among them
+        return super().from_config({name: value for name, value in config.items() if name in known}, **settings)
+
     def _raise_noise(self, x, i, generator, like):
         "The state at the start of step i, after churn, and its noise level."
         self._slopes = []
@@ -270,17 +281,6 @@ def scheduler_class() -> type:
             s_noise: float = 1.0,
         ):
             self._configure()
-
-        @classmethod
-        def from_config(cls, config, **settings):
-            "Take over another scheduler's configuration; ValueError for what would be lost, TypeError for unknown settings."
-            known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-            unknown = settings.keys() - known - {"return_unused_kwargs"}
-            if unknown:
-                raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-            check_config({**config, **settings})
-            # without the list of defaults: diffusers would drop entries that equal the other class's defaults, sigma_data among them
-            return super().from_config({name: value for name, value in config.items() if name in known}, **settings)
 
     ESScheduler.__module__, ESScheduler.__qualname__ = "sedm_kit.pipelines", "ESScheduler"  # where a saved pipeline looks for it
     return ESScheduler

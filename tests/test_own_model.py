@@ -233,7 +233,7 @@ MISTAKES = {  # what is wrong -> (options, part of the message)
     "wrong channels": ("--model edm.pkl --data grey.npz", "makes images of shape (3, 8, 8), but those of {made}/grey.npz have shape (1, 8, 8)"),
     "wrong size": ("--model edm.pkl --data 16.npz", "makes images of shape (3, 8, 8), but those of {made}/16.npz have shape (3, 16, 16)"),
     "one image": ("--model edm.pkl --data one.npz", "1"),
-    "no labels for a conditional model": ("--model classes.pkl --data images.npz", "knows 2 classes, but {made}/images.npz has no labels"),
+    "no labels for a conditional model": ("--model classes.pkl --data images.npz", "knows 2 classes, but {home}/images.npz has no labels"),
     "labels beyond the classes": ("--model classes.pkl --data labels.npz", "0 to 1, but {made}/labels.npz has the label 4"),
     "NaN among the weights": ("--model nan.pkl --data images.npz", "not finite"),
     "a model that answers NaN": ("--model overflow.pkl --data images.npz", "the denoiser returns values that are not finite"),
@@ -251,14 +251,12 @@ def test_mistakes_give_one_line_and_leave_nothing(mistake, home, tmp_path, capsy
         if not word.startswith("-") and words[i - 1] in ("--model", "--data", "--classifier", "--discriminator"):
             if word in MADE:
                 MADE[word](home, made / word)
-            elif (home / word).exists():
-                (made / word).symlink_to(home / word)
-            words[i] = str(made / word)
+            words[i] = str((home if (home / word).exists() else made) / word)
     before = sorted(made.rglob("*"))
     capsys.readouterr()
     assert command.main(["study", *WORDS, *words, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
-    assert message.format(made=made) in told.err and told.err.startswith("sedm study: ") and told.err.count("\n") == 1 and not told.out
+    assert message.format(made=made, home=home) in told.err and told.err.startswith("sedm study: ") and told.err.count("\n") == 1 and not told.out
     assert not (tmp_path / "out").exists() and sorted(made.rglob("*")) == before
 
 
