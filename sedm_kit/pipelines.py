@@ -17,7 +17,7 @@ import torch
 
 from .adapters import PREDICTIONS, DiffusersKind, diffusers_kind, fractional_step, import_diffusers, nearest_step
 from .noise import check_sigmas, edm_sigmas, sigma_from_alphas, ve_sigmas
-from .sampler import Churn, LinearScaling, add_noise, churned_level, find_solver, lambda_table
+from .sampler import Churn, LinearScaling, add_noise, check_stirring, churned_level, find_solver, lambda_table
 
 # %% ../nbs/06_pipelines.ipynb #e07b47d8
 class _Asked(Exception):
@@ -139,6 +139,7 @@ class ESPlan:
         self.alphas_cumprod = self.kind.alphas_cumprod
         self._scaling, self._solver = read_scaling(config.scaling), find_solver(config.solver)
         self._churn = Churn(config.s_churn, config.s_min, math.inf if config.s_max is None else config.s_max, config.s_noise)
+        check_stirring(self._solver, config.s_churn > 0)
         self.order = len(evaluations(self._solver, [2.0], [1.0]))
         scheduler_grid(self.kind, config, 1)
         self._plan, self._at = [], None

@@ -1,6 +1,7 @@
 """Studies of one's own model: the formats of EDM, ADM and DG and every kind of data set go through `study` and the command, and mistakes are said in one line."""
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import edm_files as files
 import numpy as np
@@ -32,9 +33,9 @@ def random_weights(model, seed=0):
     "A network without zeros, whose answer depends on everything it is given."
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             z = torch.randn(weight.shape, generator=generator)
-            weight.copy_(z / weight[0].numel() ** 0.5 if weight.ndim > 1 else weight + 0.1 * z)
+            weight.copy_(z / weight[0].numel() ** 0.5 if weight.ndim > 1 else name.endswith("weight") + 0.1 * z)
     return model.eval()
 
 
@@ -60,7 +61,8 @@ def home(tmp_path_factory):
     for name, size, head in (("", 8, dict(image_size=8)), ("-classes", 8, dict(image_size=8, condition=True, num_classes=2)), ("-16", 16, dict(image_size=8, in_channels=128))):
         torch.save(random_weights(HalfUNet(size, **HALF, out_channels=10), 1).state_dict(), home / f"classifier{name}.pt")
         torch.save(random_weights(HalfUNet(**{"in_channels": 64, "out_channels": 1} | HALF | head), 2).state_dict(), home / f"head{name}.pt")
-    torch.save(random_weights(ADMUNet(**ADM)).state_dict(), home / "adm.pt")
+    for name, classes in (("adm", None), ("adm-classes", 2)):
+        torch.save(random_weights(ADMUNet(**ADM, num_classes=classes)).state_dict(), home / f"{name}.pt")
     return home
 
 
@@ -111,10 +113,27 @@ def test_a_cifar_archive_with_classes(home):
 
 def test_an_adm_checkpoint(home, tmp_path):
     convert(home / "adm.pt", tmp_path / "adm.safetensors", image_size=8)
-    results = study(plan(home, tmp_path / "adm.safetensors", "folder"), progress=False)
+    chosen = plan(home, tmp_path / "adm.safetensors", "folder")
+    results = study(chosen, progress=False)
     assert list(by_sampler(results)) == ["plain", "plain + moment map", "ES"] and results["card"]["denoiser"]["class"] == "Denoiser"
-    linear = study(plan(home, tmp_path / "adm.safetensors", "folder", schedule="linear"), progress=False)
-    assert by_sampler(linear)["plain"]["fd_pixel"].values != by_sampler(results)["plain"]["fd_pixel"].values
+    cosine, linear = (open_world(replace(chosen, schedule=schedule)).denoiser.sigma_max for schedule in ("cosine", "linear"))
+    assert 1e4 < cosine < 1e5 and 100 < linear < 200  # the noise at the end of the two chains
+
+
+def test_an_adm_checkpoint_with_classes(home, tmp_path):
+    convert(home / "adm-classes.pt", tmp_path / "adm.safetensors", image_size=8)
+    world = open_world(plan(home, tmp_path / "adm.safetensors", "labelled.zip"))
+    images, sigma = world.train[:4].double(), torch.tensor(1.0)
+    assert world.denoiser.label_dim == 2
+    a, b = (world.denoiser(images, sigma, labels) for labels in (torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)))
+    assert (a - b).abs().amax((1, 2, 3)).min() > 1e-3
+    assert sample_seeds(world.denoiser, range(4), edm_sigmas(3), micro_batch=8).isfinite().all()
+
+
+def test_what_adms_file_does_not_show_is_asked_for(home, tmp_path, capsys):
+    assert command.main(["study", *WORDS, "--model", str(home / "adm.pt"), "--data", str(home / "images.npz"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "sedm convert" in told and "image_size" in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("model, data, suffix", [("edm.pkl", "images.npz", ""), ("classes.pkl", "labelled.zip", "-classes"), ("classes.pkl", "labelled.zip", "")])
@@ -157,24 +176,11 @@ def mixed_sizes(folder):
     write_folder(folder / "more", crops(2, 16)[0])
 
 
-def two_networks(path):
-    files.write(path, {"step": 1})
-
-
-def nan_weights(path):
-    model = random_weights(EDMPrecond(8, 3, **SONG))
-    files.write(path, {"ema": files.like_edm(model)})
-    content = path.read_bytes()
-    number = next(iter(model.model.enc.parameters())).flatten()[:4].numpy().tobytes()
-    assert content.count(number) == 1
-    path.write_bytes(content.replace(number, np.full(4, np.nan, np.float32).tobytes()))
-
-
-def overflowing(path):
-    "A network of finite weights, whose answer is not finite."
+def spoiled(path, value):
+    "A network with this value among its weights."
     model = random_weights(EDMPrecond(8, 3, **SONG))
     with torch.no_grad():
-        model.model.dec["8x8_aux_conv"].weight.fill_(3e38)
+        model.model.dec["8x8_aux_conv"].weight.fill_(value)
     files.write(path, {"ema": files.like_edm(model)})
 
 
@@ -190,21 +196,21 @@ MADE = {  # name -> what puts it there
     "mixed": lambda home, path: mixed_sizes(path),
     "other.tar": lambda home, path: tarfile.open(path, "w").close(),
     "other.zip": lambda home, path: zipfile.ZipFile(path, "w").close(),
-    "no-network.pkl": lambda home, path: two_networks(path),
+    "no-network.pkl": lambda home, path: files.write(path, {"step": 1}),
     "grey.npz": lambda home, path: write_npz(path, crops(20, 8)[0][:, :1]),
     "16.npz": lambda home, path: write_npz(path, crops(20, 16)[0]),
     "labels.npz": lambda home, path: write_npz(path, crops(20, 8)[0], torch.arange(20) % 5),
     "one.npz": lambda home, path: write_npz(path, crops(1, 8)[0]),
-    "nan.pkl": lambda home, path: nan_weights(path),
-    "overflow.pkl": lambda home, path: overflowing(path),
+    "nan.pkl": lambda home, path: spoiled(path, torch.nan),
+    "overflow.pkl": lambda home, path: spoiled(path, 3e38)  # finite, but the answer is not,
 }
 MISTAKES = {  # what is wrong -> (options, part of the message)
     "no model file": ("--model missing.pkl --data images.npz", "no file at {made}/missing.pkl"),
     "model is a folder": ("--model folder --data images.npz", "folder"),
     "model is text": ("--model text.txt --data images.npz", "text.txt: it begins with b'hello, w"),
     "model is images": ("--model images.npz --data images.npz", "images.npz: it is a zip archive with 1 entries, but not one that torch.save wrote"),
-    "model without a network": ("--model no-network.pkl --data images.npz", "'ema'"),
-    "model is a classifier": ("--model classifier.pt --data images.npz", "classifier.pt"),
+    "model without a network": ("--model no-network.pkl --data images.npz", "it is no state dict, a dictionary of names and tensors; it holds a int"),
+    "model is a classifier": ("--model classifier.pt --data images.npz", "classifier.pt holds a HalfUNet, which is no denoiser"),
     "truncated pickle": ("--model cut.pkl --data images.npz", "cannot read {made}/cut.pkl"),
     "truncated state dict": ("--model cut.pt --data images.npz", "damaged or cut off"),
     "model without data": ("--model edm.pkl", "a model and its data go together"),
@@ -217,8 +223,8 @@ MISTAKES = {  # what is wrong -> (options, part of the message)
     "a denoiser as discriminator": ("--model edm.pkl --data images.npz --classifier classifier.pt --discriminator edm.pkl", "edm.pkl"),
     "the two exchanged": ("--model edm.pkl --data images.npz --classifier head.pt --discriminator classifier.pt", "do not belong together"),
     "conditional discriminator, unconditional model": ("--model edm.pkl --data images.npz --classifier classifier-classes.pt --discriminator head-classes.pt",
-                                                       "needs labels of its 2 classes"),
-    "discriminator of another size": ("--model edm.pkl --data images.npz --classifier classifier-16.pt --discriminator head-16.pt", "(b, 3, 16, 16)"),
+                                                       "head-classes.pt does not fit {home}/edm.pkl: this network is conditional and needs labels of its 2 classes"),
+    "discriminator of another size": ("--model edm.pkl --data images.npz --classifier classifier-16.pt --discriminator head-16.pt", "head-16.pt does not fit {home}/edm.pkl: expected images of shape (b, 3, 16, 16)"),
     "no data": ("--model edm.pkl --data missing", "there is no such file or folder"),
     "data is text": ("--model edm.pkl --data text.txt", "text.txt starts with b'hello, w'"),
     "data is a pickle": ("--model edm.pkl --data edm.pkl", "expected CIFAR-10's tar"),
@@ -238,7 +244,8 @@ MISTAKES = {  # what is wrong -> (options, part of the message)
     "NaN among the weights": ("--model nan.pkl --data images.npz", "not finite"),
     "a model that answers NaN": ("--model overflow.pkl --data images.npz", "the denoiser returns values that are not finite"),
     "another schedule": ("--model adm.pt --data images.npz --schedule square", "square"),
-    "negative training": ("--model edm.pkl --data images.npz --train-discriminator -5", "-5"),
+    "negative training": ("--model edm.pkl --data images.npz --train-discriminator -5", "and -5"),
+    "two discriminators": ("--model edm.pkl --data images.npz --classifier classifier.pt --discriminator head.pt --train-discriminator 5", "either"),
 }
 
 

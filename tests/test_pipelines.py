@@ -12,7 +12,7 @@ from sedm_kit import adapters, pipelines
 from sedm_kit.adapters import diffusers_kind, fractional_step, from_diffusers
 from sedm_kit.noise import edm_sigmas, sigma_from_alphas
 from sedm_kit.pipelines import advance, chain_times, evaluations, read_scaling
-from sedm_kit.sampler import SOLVERS, Churn, LinearScaling, heun_step, sample
+from sedm_kit.sampler import MULTISTEP, SOLVERS, Churn, LinearScaling, heun_step, sample
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install 'sedm_kit[interop]'")
 ESScheduler = pipelines.ESScheduler
@@ -112,11 +112,18 @@ def test_equals_the_kits_sampler(kind, solver, scaling):
     written, meant = SCALINGS[scaling]
     scheduler = ESScheduler(solver=solver, scaling=written, **KINDS[kind])
     images = loop(scheduler, own_start, num_inference_steps=5)[-1]
-    assert relative(images, by_kit(scheduler, solver=solver, scaling=meant)) < 1e-6
+    # a pipeline keeps its state in float32; what looks back doubles that rounding
+    assert relative(images, by_kit(scheduler, solver=solver, scaling=meant)) < (2e-6 if SOLVERS[solver] in MULTISTEP else 1e-6)
     assert relative(images, by_kit(scheduler, solver=solver)) > 1e-3
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name, step in SOLVERS.items() if step in MULTISTEP])
+def test_solvers_with_memory_are_not_stirred(solver):
+    with pytest.raises(ValueError, match="uses slopes of earlier steps"):
+        ESScheduler(solver=solver, s_churn=4.0)
+
+
+@pytest.mark.parametrize("solver", [name for name, step in SOLVERS.items() if step not in MULTISTEP])
 @pytest.mark.parametrize("kind", KINDS)
 def test_churn_equals_the_kits_sampler(kind, solver):
     "The noise is raised before the network is asked, on a chain up to one of its levels; s_max keeps the first step deterministic."

@@ -14,7 +14,7 @@ from sedm_kit.analytic import Denoiser, GaussianMixture, gaussian_flow
 from sedm_kit.discriminator import DiscriminatorGuidance
 from sedm_kit.networks import EDMPrecond, PatchLogRatio, seeded
 from sedm_kit.noise import edm_sigmas, iddpm_sigmas, ve_sigmas, vp_sigmas
-from sedm_kit.sampler import (SOLVERS, Churn, ConstantScaling, LinearScaling, SeedStreams, check_seeds, count_evaluations, find_solver, lambda_table,
+from sedm_kit.sampler import (MULTISTEP, SOLVERS, Churn, ConstantScaling, LinearScaling, SeedStreams, check_seeds, count_evaluations, find_solver, lambda_table,
                               sample, sample_seeds)
 
 GOLDEN = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(Path(__file__).parent / "golden" / "samplers.npz").items()}
@@ -32,6 +32,12 @@ def midpoint_step(slope, x, sigma, sigma_next, memory):
 
 
 ALL_SOLVERS = [*SOLVERS, midpoint_step]
+
+
+def can_stir(solver):
+    "Multistep solvers refuse fresh noise."
+    return SOLVERS.get(solver) not in MULTISTEP if isinstance(solver, str) else True
+
 
 
 def analytic_log_ratio(u, tau, class_labels=None):
@@ -60,7 +66,7 @@ CHURN = Churn(30, 0.01, 1, 1.007)
 PLAIN = {"heun": {}, "euler": dict(solver="euler"), "heun_churn": dict(churn=CHURN), "heun_es_churn_1.0034": dict(churn=CHURN, scaling=1.0034),
          "heun_steps_vp": dict(sigmas=vp_sigmas(STEPS)), "heun_steps_ve": dict(sigmas=ve_sigmas(STEPS)),
          "heun_steps_iddpm": dict(sigmas=iddpm_sigmas(STEPS)),
-         **{f"{solver}_es_{b}": dict(solver=solver, scaling=float(b)) for solver in SOLVERS for b in ("1.0034", "0.9985", "1.02")}}
+         **{f"{solver}_es_{b}": dict(solver=solver, scaling=float(b)) for solver in ("euler", "heun") for b in ("1.0034", "0.9985", "1.02")}}
 GUIDED = {"heun_dg_w2_0": (2.0, {}, {}), "heun_dg_w1_1": ((1, 1), {}, {}), "heun_dg_w1.5_0_boost": (1.5, dict(boost=True), {}),
           "heun_dg_window": ((2, 1), dict(window=(0.1, 0.8)), {}), "heun_dg_churn": ((2, 0), {}, dict(churn=CHURN)),
           "sedm_heun_const": (1.67, {}, dict(scaling=1.004)), "sedm_heun_linear": (1.67, {}, dict(scaling=LinearScaling(1.001, 0.0007))),
@@ -109,7 +115,7 @@ def test_golden_entries_are_all_used_and_tell_the_settings_apart():
        neutral=st.sampled_from([1, 1.0, ConstantScaling(), LinearScaling(1.0, 0.0), "list", torch.tensor(1.0), np.float64(1)]),
        weight=st.sampled_from([None, 0, 0.0, (0.0, 0.0)]), boost=st.booleans())
 def test_lambda_one_and_weight_zero_are_the_plain_sampler_bit_for_bit(seed, n, solver, s_churn, neutral, weight, boost):
-    mix, sigmas = random_mixture(seed), edm_sigmas(n)
+    mix, sigmas, s_churn, boost = random_mixture(seed), edm_sigmas(n), s_churn * can_stir(solver), boost and can_stir(solver)
     x, churn = 80 * unit(3, 1, 2, 2, seed=seed), Churn(s_churn, 0.0, 50.0, 1.003)
     plain = sample(mix.denoiser(), x, sigmas, solver=solver, churn=churn, noise=stream(seed))
     guidance = None if weight is None else DiscriminatorGuidance(lambda u, tau, labels: u.sum((1, 2, 3)), weight, boost=boost)
@@ -128,7 +134,7 @@ def test_lambda_one_and_weight_zero_are_the_plain_sampler_bit_for_bit(seed, n, s
 def test_a_one_point_data_set_is_sampled_exactly(seed, n, solver, s_churn, size):
     point = size * unit(1, 1, 2, 2, seed=seed)
     images = sample(GaussianMixture(point, [1.0], 0.0).denoiser(), 80 * unit(3, 1, 2, 2, seed=seed + 1), edm_sigmas(n), solver=solver,
-                    churn=Churn(s_churn), noise=stream(seed))
+                    churn=Churn(s_churn * can_stir(solver)), noise=stream(seed))
     assert_close(images, point.expand_as(images), rtol=0, atol=1e-13 * (80 + size))  # rounding of the start, no more
 
 
@@ -224,7 +230,9 @@ def test_lambda_table_starts_at_the_highest_noise():
 def test_lambda_divides_epsilon_at_every_evaluation_of_its_step(solver):
     seen, lambdas = [], [1.0, 1.1, 1.25, 0.9]
     sample(MIXTURE.denoiser(), 80 * unit(2, 1, 4, 4), edm_sigmas(4), solver=solver, scaling=lambdas, callback=seen.append)
-    assert [info["step"] for info in seen] == ([0, 1, 2, 3] if solver == "euler" else [0, 0, 1, 1, 2, 2, 3])
+    stages = {"euler": 1, "ab2": 1, "dpmpp2m": 1, "rk3": 3}.get(solver, 2)
+    last = 1 if solver in ("heun", midpoint_step) else stages  # those two do not look beyond the last step
+    assert [info["step"] for info in seen] == [step for step in range(4) for _ in range(stages if step < 3 else last)]
     for info in seen:
         assert info["lambda"] == lambdas[info["step"]]
         assert_close(info["eps"], (info["x"] - info["denoised"]) / info["sigma"])  # eps is raw
@@ -544,7 +552,7 @@ START = torch.ones(2, 1, 2, 2)
 
 
 @pytest.mark.parametrize("arguments, error, message", [
-    (dict(solver="rk4"), ValueError, "unknown solver 'rk4'; known: 'euler', 'heun', or a step function"),
+    (dict(solver="rk4"), ValueError, "unknown solver 'rk4'; known: 'euler', 'heun', .*or a step function"),
     (dict(solver=None), ValueError, "unknown solver None; known: 'euler', 'heun'"),
     (dict(sigmas=[0.0]), ValueError, "at least two levels"),
     (dict(sigmas=[2.0, 1.0]), ValueError, "end in 0 .*got 1"),
@@ -673,3 +681,21 @@ def test_a_denoiser_that_returns_no_tensor():
 
 def test_find_solver_hands_a_step_function_back():
     assert find_solver(midpoint_step) is midpoint_step and find_solver("heun") is SOLVERS["heun"]
+
+
+@pytest.mark.parametrize("solver", ["ab2", "dpmpp2m"])
+def test_solvers_with_memory_are_not_stirred(solver):
+    with pytest.raises(ValueError, match=f"{solver}_step uses slopes of earlier steps"):
+        sample(MIXTURE.denoiser(), START, [4.0, 1.0, 0.0], solver=solver, churn=Churn(1.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_scales_each_evaluation(solver):
+    "Dividing epsilon by lambda at every evaluation is sampling with the denoiser x - (x - D) / lambda."
+    denoiser, lambdas = MIXTURE.denoiser(), [1.03, 0.98, 1.1, 1.0, 1.02]
+    grid = edm_sigmas(5)
+    def scaled(x, sigma):
+        return x - (x - denoiser(x, sigma)) / 1.03
+    start = 80 * unit(3, 1, 4, 4, seed=1)
+    assert_close(sample(denoiser, start, grid, solver=solver, scaling=1.03), sample(scaled, start, grid, solver=solver), rtol=1e-10, atol=1e-10)
+    assert (sample(denoiser, start, grid, solver=solver, scaling=lambdas) - sample(denoiser, start, grid, solver=solver)).abs().max() > 1e-3
