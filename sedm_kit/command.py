@@ -34,8 +34,8 @@ def study(
     model: str = None,           # your own denoiser instead of a world: EDM's pickle, an ADM checkpoint, or safetensors
     data: str = None,            # its images: a folder, zip, npz or CIFAR-10 archive
     schedule: str = "cosine",    # noise schedule of an ADM checkpoint: cosine or linear
-    classifier: str = None,      # DG's feature extractor, with --discriminator
-    discriminator: str = None,   # DG's discriminator, with --classifier
+    classifier: str = None,      # DG's feature extractor, if --discriminator is DG's head alone
+    discriminator: str = None,   # DG's head, or a converted discriminator
     train_discriminator: int = 0,  # or train a small one per solver on your model's samples, this many steps
     split_images: int = 1000,    # images for the drift split, which samples with 40 Heun steps
     micro_batch: int = 250,      # images per evaluation

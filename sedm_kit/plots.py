@@ -200,7 +200,7 @@ def _bars(ax, rows, key):
         place = solvers.index(row.get("solver", "")) + 0.84 * ((names.index(row["sampler"]) + 0.5) / len(names) - 0.5)
         ax.bar(place, mean, 0.76 / len(names), yerr=error, color=look[row["sampler"]]["color"], label=row["sampler"],
                capsize=2.5, error_kw=dict(elinewidth=1.1, ecolor="0.15"), zorder=2)
-        ax.annotate(f"{mean:#.3g}", (place, mean + error), (0, 2), textcoords="offset points", ha="center", fontsize="x-small")
+        ax.annotate(f"{mean:#.3g}".rstrip("."), (place, mean + error), (0, 2), textcoords="offset points", ha="center", fontsize="x-small")
     ax.set_xticks(range(len(solvers)), solvers)
     ax.set(ylabel=PANELS[key], ylim=(0, None))
     ax.grid(False, axis="x")

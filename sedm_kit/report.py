@@ -244,9 +244,12 @@ def claim_folder(
 ) -> Path:    # ValueError if nothing can be written there
     "Make sure that results can be written, before work starts."
     out = Path(out)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         write_atomically(out / ".probe", b"")
         (out / ".probe").unlink()
+        for folder in new:  # they come back with the first result: a mistake leaves nothing behind
+            folder.rmdir()
     except OSError as error:
         raise ValueError(f"cannot write to the output folder {str(out)!r} ({error.strerror}); give another one") from error
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE_IMAGES', 'PAIRS', 'FAKE_SEEDS', 'Plan', 'Arm', 'arms', 'study_sigmas', 'predicted_lambda', 'Run', 'run_arm',
            'moment_control', 'table_rows', 'floor_row', 'differences', 'drift_table', 'open_world', 'study',
-           'environment']
+           'peak_memory_mb', 'environment']
 
 # %% ../nbs/14_study.ipynb #2121a3a8
 import platform
@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoints import as_denoiser, load_any, load_discriminator
+from .checkpoints import PRECONDITIONINGS, as_denoiser, load_any, load_discriminator
 from .diagnostics import Trace, drift_split, eps_norms, eps_ratio, neutral_lambda, variance_ratio
-from .discriminator import DiscriminatorGuidance, accuracy_per_level, train_discriminator
+from .discriminator import ADMDiscriminator, DiscriminatorGuidance, accuracy_per_level, correction, train_discriminator
+from .images import open_images
 from .metrics import Estimate, FeatureStats, fd, fd_with_error, match_moments, paired_difference, real_floor, shape_sliced_wasserstein
 from .networks import ADMUNet, PatchLogRatio, seeded
 from .noise import ddpm_alphas_cumprod, edm_sigmas
@@ -49,8 +50,8 @@ class Plan:
     model: str | None = None        # file of your own denoiser: EDM's, ADM's or safetensors
     data: str | None = None         # its images: a folder, zip, npz or CIFAR-10 archive
     schedule: str = "cosine"        # of an ADM model's chain of 1000 steps: "cosine" or "linear"
-    classifier: str | None = None   # DG's feature extractor
-    discriminator: str | None = None    # DG's discriminator; needs the classifier
+    classifier: str | None = None   # DG's feature extractor, for a discriminator that is DG's head alone
+    discriminator: str | None = None    # DG's head, or a converted discriminator that holds both
     train_discriminator: int = 0    # steps to train a small discriminator per solver on your own model's samples; 0: none
     threads: int = 1                # of torch on a CPU: these networks are too small to share, and the last bits depend on the number
 
@@ -58,17 +59,21 @@ class Plan:
         for solver in self.solvers:
             find_solver(solver)
         sigmas = edm_sigmas(self.steps)
+        ddpm_alphas_cumprod(self.schedule)
         if self.lam is not None:
             lambda_table(self.lam, sigmas)
         if self.w_dg is not None:
             DiscriminatorGuidance(None, self.w_dg)
         if self.model is None and self.world not in WORLDS:
             raise ValueError(f"unknown world {self.world!r}; known: {', '.join(WORLDS)}")
-        for one, other in ((self.model, self.data), (self.classifier, self.discriminator)):
-            if (one is None) != (other is None):
-                raise ValueError(f"a model and its data go together, and so do a classifier and a discriminator; got {one!r} and {other!r}")
-        if self.model is None and (self.classifier or self.train_discriminator):
+        if (self.model is None) != (self.data is None):
+            raise ValueError(f"a model and its data go together, got {self.model!r} and {self.data!r}")
+        if self.classifier and not self.discriminator:
+            raise ValueError(f"a classifier is DG's feature extractor and goes together with a discriminator, got {self.classifier!r} alone")
+        if self.model is None and (self.discriminator or self.train_discriminator):
             raise ValueError("a discriminator of your own goes with a model of your own; an embedded world has its own")
+        if self.train_discriminator < 0 or (self.discriminator and self.train_discriminator):
+            raise ValueError(f"give either a discriminator, or a number of steps to train one (0: none), got {self.discriminator!r} and {self.train_discriminator}")
         if min(self.threads, self.micro_batch, self.split_images - 1) < 1:
             raise ValueError(f"threads and micro_batch must be at least 1 and split_images 2, got {self.threads}, {self.micro_batch} and {self.split_images}")
         if self.blocks < 2 or self.images < 2:
@@ -272,30 +277,64 @@ FAKE_SEEDS = 1_000_000  # discriminators learn from samples of these seeds and t
 
 def open_world(
     plan: Plan,
-) -> World:      # on the plan's device
+    progress: bool = False,  # show bars while a discriminator is trained
+) -> World:                  # on the plan's device
     "The world that a plan speaks of: an embedded one, or one made from files."
     if plan.model is None:
         return load_world(plan.world).to(plan.device)
-    model = load_any(plan.model)
-    denoiser = as_denoiser(model, "eps", alphas_cumprod=ddpm_alphas_cumprod(plan.schedule)) if isinstance(model, ADMUNet) else model
-    world = world_from(plan.data, denoiser, name=Path(plan.model).stem).to(plan.device)
-    if plan.classifier:
-        head = load_any(plan.discriminator)
-        guide = load_discriminator(plan.classifier, plan.discriminator, bool(getattr(head, "classes", 0))).to(plan.device)
+    world = world_from(plan.data, _load_denoiser(plan), name=Path(plan.model).stem).to(plan.device)
+    if plan.discriminator:
+        guide = _load_guide(plan).to(plan.device)
+        _check_guide(guide, world, plan)
         return replace(world, log_ratio={solver: guide for solver in plan.solvers})
     if plan.train_discriminator:
-        return replace(world, log_ratio={solver: _new_log_ratio(world, solver, plan) for solver in plan.solvers})
+        return replace(world, log_ratio={solver: _new_log_ratio(world, solver, plan, progress) for solver in plan.solvers})
     return world
 
 
-def _new_log_ratio(world, solver, plan):
+def _load_denoiser(plan):
+    "The plan's model as a denoiser; a file of another kind of network is refused."
+    model = load_any(plan.model)
+    if isinstance(model, ADMUNet):
+        side = open_images(plan.data).shape[-1]
+        if model.image_size != side:
+            raise ValueError(f"{plan.model} was read as an ADM network for {model.image_size} pixels, but the images of {plan.data} have {side}: a state dict does not show its size; "
+                             f"sedm convert {plan.model} NEW.safetensors --config '{{\"image_size\": {side}, ...}}' states it")
+        return as_denoiser(model, "eps", alphas_cumprod=ddpm_alphas_cumprod(plan.schedule))
+    if not isinstance(model, tuple(PRECONDITIONINGS.values())):
+        raise ValueError(f"{plan.model} holds a {type(model).__name__}, which is no denoiser")
+    return model
+
+
+def _load_guide(plan):
+    "The plan's discriminator: a whole one, or DG's head with its feature extractor."
+    head = load_any(plan.discriminator)
+    if isinstance(head, (ADMDiscriminator, PatchLogRatio)):
+        return head
+    if plan.classifier is None:
+        raise ValueError(f"{plan.discriminator} holds a {type(head).__name__}: DG's head needs its feature extractor, give it as classifier")
+    return load_discriminator(plan.classifier, plan.discriminator, bool(getattr(head, "classes", 0)))
+
+
+def _check_guide(guide, world, plan):
+    "Refuse a discriminator that cannot judge the model's images, before anything is sampled."
+    labels = world.train_labels[:2] if getattr(world.denoiser, "label_dim", 0) else None
+    try:
+        g, L = correction(guide, world.train[:2], torch.tensor(1.0), labels)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{plan.discriminator} does not fit {plan.model}: {error}") from None
+    if not (g.isfinite().all() and L.isfinite().all()):
+        raise ValueError(f"{plan.discriminator} returns values that are not finite")
+
+
+def _new_log_ratio(world, solver, plan, progress):
     "A small discriminator, trained on as many samples of this solver as a block has images, at least 500."
     n = max(plan.images, 500)
     fakes = sample_seeds(world.denoiser, range(FAKE_SEEDS, FAKE_SEEDS + n), study_sigmas(world.denoiser, plan.steps), shape=world.shape, micro_batch=plan.micro_batch,
-                         device=plan.device, solver=solver, progress=True)
+                         device=plan.device, solver=solver, progress=progress)
     with seeded(0, torch.device(plan.device)):
         log_ratio = PatchLogRatio(world.shape[-1], world.shape[0]).to(plan.device)
-    train_discriminator(log_ratio, world.train, fakes.to(torch.float32), steps=plan.train_discriminator)
+    train_discriminator(log_ratio, world.train, fakes.to(torch.float32), steps=plan.train_discriminator, progress=progress)
     held_out = FAKE_SEEDS + n
     unseen = sample_seeds(world.denoiser, range(held_out, held_out + min(n, 500)), study_sigmas(world.denoiser, plan.steps), shape=world.shape, micro_batch=plan.micro_batch, device=plan.device, solver=solver)
     world.card["log_ratio"][solver] = {"trained_on": f"{n} samples of {solver}", "accuracy": accuracy_per_level(log_ratio, world.held_out, unseen.to(torch.float32), [0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0])}
@@ -324,14 +363,13 @@ def study(
 
 def _study(plan, progress):
     "A study with torch's threads as they are."
-    started, world = time.perf_counter(), open_world(plan)
+    started, world = time.perf_counter(), open_world(plan, progress)
     chosen = {solver: arms(world, solver, plan) for solver in plan.solvers}
     results = {"plan": asdict(plan) | {"world": world.name}, "table": [], "differences": [], "curves": {}, "previews": {}, "card": world.card}
     with tqdm(total=sum(map(len, chosen.values())) * plan.images * plan.blocks, disable=not progress, desc=f"study of {world.name}", unit="img") as bar:
-        training = eps_norms(world.denoiser, world.train[:2000], study_sigmas(world.denoiser, plan.steps), generator=torch.Generator(plan.device).manual_seed(plan.first_seed),
-                             class_labels=world.train_labels[:2000] if getattr(world.denoiser, "label_dim", 0) else None)
         for solver in plan.solvers:
             runs = [run_arm(world, solver, arm, plan, keep=arm.name == "plain", bar=bar) for arm in chosen[solver]]
+            training = _training_norms(world, runs[0].trace, plan)
             results["curves"][solver] = {run.arm.name: _curves(run, training, world) for run in runs}
             runs.insert(1, moment_control(world, runs[0]))
             results["table"] += (rows := table_rows(world, solver, runs, plan))
@@ -342,6 +380,17 @@ def _study(plan, progress):
     results |= {"floor": floor_row(world, plan), "held_out": _held_out(world), "real": world.train[:10].cpu(),
                 "predicted_lambda": {solver: predicted_lambda(world, solver, plan.steps) for solver in plan.solvers}}
     return results | {"environment": environment(plan), "seconds": time.perf_counter() - started}
+
+
+def _training_norms(world, trace, plan):
+    "Norms of epsilon on real images at every level that a run asked the network about, between the grid's levels too."
+    grid = study_sigmas(world.denoiser, plan.steps)
+    asked = torch.cat([trace.column("sigma", stage)[0] for stage in trace.stages()])
+    between = asked[(asked[:, None] / grid[:-1] - 1).abs().amin(1) > 1e-6]
+    levels = torch.cat([grid, between]).unique().flip(0)
+    labels = world.train_labels[:2000] if getattr(world.denoiser, "label_dim", 0) else None
+    generator = torch.Generator(plan.device).manual_seed(plan.first_seed)
+    return eps_norms(world.denoiser, world.train[:2000], levels, generator=generator, class_labels=labels)
 
 
 def _curves(run, training, world):
@@ -356,6 +405,14 @@ def _held_out(world):
     return {"n": len(world.held_out), **{f"fd_{space}": fd(fresh[space], real[space]) for space in real}}
 
 
+def peak_memory_mb() -> int:
+    "Peak memory of this process; Linux's own counter, because getrusage's can be inherited from a larger parent."
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024))
+
+
 def environment(plan) -> dict:
     "Versions and hardware, for the record."
     def installed(name):
@@ -363,5 +420,5 @@ def environment(plan) -> dict:
         except PackageNotFoundError: return "not installed"
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(), "machine": platform.machine(),
             "device": torch.cuda.get_device_name() if plan.device.startswith("cuda") else f"CPU, torch threads: {torch.get_num_threads()}",
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)),
+            "peak_memory_mb": peak_memory_mb(),
             **{name: installed(name) for name in ("sedm_kit", "torch", "numpy", "scipy", "scikit-learn", "matplotlib")}}

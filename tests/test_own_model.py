@@ -10,10 +10,11 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from sedm_kit import command
+from sedm_kit.adm_discriminator import cosine_time
 from sedm_kit.adm_unets import ADMUNet, HalfUNet
 from sedm_kit.checkpoints import convert, load_edm
 from sedm_kit.diagnostics import eps_norms
-from sedm_kit.discriminator import DiscriminatorGuidance
+from sedm_kit.discriminator import SATURATION, DiscriminatorGuidance, vp_input
 from sedm_kit.images import open_images, write_cifar_archive, write_edm_zip, write_folder, write_npz
 from sedm_kit.networks import EDMPrecond
 from sedm_kit.noise import edm_sigmas
@@ -149,6 +150,22 @@ def test_discriminator_guidance_files_guide(model, data, suffix, home):
         torch.testing.assert_close(results["previews"]["euler"]["DG"], guided, rtol=0, atol=0)
 
 
+def test_files_for_64_pixels_are_told_the_cosine_schedules_time(home, tmp_path):
+    write_npz(tmp_path / "images.npz", crops(10, 64)[0])
+    files.write(tmp_path / "edm.pkl", {"ema": files.like_edm(random_weights(EDMPrecond(64, 3, **SONG)))})
+    classifier, head = random_weights(HalfUNet(64, **HALF, out_channels=10), 1), random_weights(HalfUNet(8, **HALF, in_channels=256, out_channels=1), 2)
+    torch.save(classifier.state_dict(), tmp_path / "64x64_classifier.pt")
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    world = open_world(plan(home, tmp_path / "edm.pkl", tmp_path / "images.npz", classifier=tmp_path / "64x64_classifier.pt", discriminator=tmp_path / "head.pt"))
+    x, sigma = world.train[:1].double(), torch.tensor(0.5, dtype=torch.float64)
+    u, tau = vp_input(x, sigma)
+    time = cosine_time(tau)
+    assert (time - tau).abs() > 0.02
+    expected = head(classifier(u, time, features=True), time).flatten()
+    _, L = DiscriminatorGuidance(world.log_ratio["euler"], 1.0)(x, sigma)
+    torch.testing.assert_close(L.float(), expected.detach().clamp(-SATURATION, SATURATION), rtol=1e-4, atol=1e-5)
+
+
 def test_a_discriminator_is_trained_on_request(home):
     results = study(plan(home, train_discriminator=10), progress=False)
     assert {"DG", "SEDM-G++"} <= by_sampler(results).keys()
@@ -215,8 +232,8 @@ MISTAKES = {  # what is wrong -> (options, part of the message)
     "truncated state dict": ("--model cut.pt --data images.npz", "damaged or cut off"),
     "model without data": ("--model edm.pkl", "a model and its data go together"),
     "data without model": ("--data images.npz", "a model and its data go together"),
-    "classifier without discriminator": ("--model edm.pkl --data images.npz --classifier classifier.pt", "classifier and a discriminator"),
-    "discriminator without classifier": ("--model edm.pkl --data images.npz --discriminator head.pt", "classifier and a discriminator"),
+    "classifier without discriminator": ("--model edm.pkl --data images.npz --classifier classifier.pt", "goes together with a discriminator"),
+    "discriminator without classifier": ("--model edm.pkl --data images.npz --discriminator head.pt", "needs its feature extractor"),
     "discriminator for an embedded world": ("--classifier classifier.pt --discriminator head.pt", "goes with a model of your own"),
     "no classifier file": ("--model edm.pkl --data images.npz --classifier missing.pt --discriminator head.pt", "no file at {made}/missing.pt"),
     "no discriminator file": ("--model edm.pkl --data images.npz --classifier classifier.pt --discriminator missing.pt", "no file at {made}/missing.pt"),
