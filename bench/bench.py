@@ -23,9 +23,10 @@ BATCH, STEPS = 256, 18
 
 def compare(title: str, candidates: dict, repeats: int):
     "Time candidates in turn and print their ratios to the first one."
-    seconds = {name: [] for name in candidates}
+    seconds, order = {name: [] for name in candidates}, list(candidates.items())
     for _ in tqdm(range(repeats + 1), desc=title, leave=False):  # the first round warms up
-        for name, run in candidates.items():
+        order = order[1:] + order[:1]  # nobody always runs first
+        for name, run in order:
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
@@ -37,10 +38,10 @@ def compare(title: str, candidates: dict, repeats: int):
 
 
 @torch.no_grad()
-def bare_calls(denoiser, x, calls: int):
-    "The network alone, as often as the sampler calls it."
-    for _ in range(calls):
-        denoiser(x, torch.tensor(1.0))
+def bare_calls(denoiser, states: list):
+    "The network alone, on the very inputs that a sampler gave it."
+    for x, sigma in states:
+        denoiser(x, sigma)
 
 
 @torch.no_grad()
@@ -79,9 +80,10 @@ def sampler_overhead(repeats: int):
     unit = torch.randn(BATCH, *world.shape)
     start, sigmas = 80 * unit.double(), edm_sigmas(STEPS)
     for solver in ("euler", "heun"):
-        calls = count_evaluations(solver, STEPS)
+        calls, states = count_evaluations(solver, STEPS), []
+        sample(world.denoiser, start, sigmas, solver=solver, callback=lambda info: states.append((info["x"], info["sigma"])))
         candidates = {
-            f"{calls} bare network calls": lambda: bare_calls(world.denoiser, start.float(), calls),
+            f"{calls} bare network calls": lambda states=states: bare_calls(world.denoiser, states),
             "sample": lambda: sample(world.denoiser, start, sigmas, solver=solver),
             "sample with epsilon scaling": lambda: sample(world.denoiser, start, sigmas, solver=solver, scaling=1.02),
             "sample with a trace": lambda: sample(world.denoiser, start, sigmas, solver=solver, callback=Trace()),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trace', 'eps_norms', 'eps_ratio', 'variance_ratio', 'euler_variance_loss', 'linear_denoiser', 'gaussian_variance',
-           'neutral_lambda', 'drift_split']
+           'neutral_lambda', 'drift_split', 'shapiro_wilk', 'target_variance']
 
 # %% ../nbs/10_diagnostics.ipynb #8e6cc379
 import math
@@ -16,7 +16,12 @@ from tqdm.auto import tqdm
 
 from .analytic import Denoiser, ask, per_image
 from .noise import check_sigmas, edm_sigmas
+from .normality import shapiro_wilk
 from .sampler import sample, sample_seeds
+from .targets import target_variance
+
+# %% ../nbs/10_diagnostics.ipynb #e7082e2e
+_all_ = ["shapiro_wilk", "target_variance"]  # made in 09_normality and 08_targets, to be had from here
 
 # %% ../nbs/10_diagnostics.ipynb #4277689f
 class Trace:

@@ -9,6 +9,7 @@ __all__ = ['SATURATION', 'CLOSED', 'vp_input', 'correction', 'DiscriminatorGuida
 # %% ../nbs/07_discriminator.ipynb #0e7398fc
 import copy
 import math
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -100,7 +101,8 @@ class DiscriminatorGuidance:
 
 def _check_weights(weight):
     "(first, later) weights, or an error."
-    weights = tuple(float(w) for w in (weight if isinstance(weight, (tuple, list)) else (weight, 0.0)))
+    given = tuple(weight) if isinstance(weight, (tuple, list)) else (weight, 0.0)
+    weights = tuple(float(w) if isinstance(w, numbers.Real) else math.nan for w in given)
     if len(weights) != 2 or not all(map(math.isfinite, weights)):
         raise ValueError(f"the guidance weight must be a finite number or a pair (first, later) of them, got {weight!r}")
     return weights
@@ -109,7 +111,7 @@ def _check_weights(weight):
 def _check_window(window):
     "(low, high) VP times, or an error."
     low, high = map(float, window)
-    if not 0 <= low < high:
+    if not 0 <= low < high < math.inf:
         raise ValueError(f"the guidance window must satisfy 0 <= low < high in VP time, got {window!r}")
     return low, high
 

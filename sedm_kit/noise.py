@@ -17,7 +17,10 @@ def check_sigmas(
     sigmas,              # (n+1,) noise levels, data units: finite, strictly decreasing, last entry 0
 ) -> torch.Tensor:       # (n+1,) float64; ValueError names what is wrong
     "A grid of noise levels as float64, or an error that says why it is none."
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    try:
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sigmas must be a list of numbers, got {sigmas!r}") from error
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must be one list of at least two levels, got shape {tuple(sigmas.shape)}")
     if not sigmas.isfinite().all() or (sigmas < 0).any():

@@ -267,7 +267,7 @@ def drift_split_plot(
     ax.set_xticks(place, labels, rotation=45 if len(labels) > 8 else 0)
     ax.set(xlabel="" if "labels" in split else "noise level σ (data units)", ylabel=ylabel)
     ax.grid(False, axis="x")
-    ax.legend(loc="best")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return ax
 
 # %% ../nbs/13_plots.ipynb #729a0b57

@@ -9,19 +9,15 @@ __all__ = ['SOLVERS', 'MULTISTEP', 'sample', 'ConstantScaling', 'LinearScaling',
            'sample_seeds']
 
 # %% ../nbs/05_sampler.ipynb #09476391
-import math
-import numbers
-import operator
+import math, numbers, operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
 import torch
 from tqdm.auto import tqdm, trange
-
 from .analytic import ask
 from .noise import check_sigmas
 
-# %% ../nbs/05_sampler.ipynb #21cc9758
+# %% ../nbs/05_sampler.ipynb #22888470
 @torch.no_grad()
 def sample(
     denoiser: Callable,            # D(x, sigma[, class_labels]) -> clean image; gets float64, may return any float
@@ -39,6 +35,8 @@ def sample(
 ) -> torch.Tensor:                 # (b,c,h,w) float64 images at noise level 0
     "EDM's sampler with epsilon scaling and discriminator guidance (SEDM-G++, arXiv 2311.11164)."
     x, sigmas = _check_start(x), check_sigmas(sigmas).tolist()
+    if churn is not None and not isinstance(churn, Churn):
+        raise TypeError(f"churn must be a Churn, such as Churn(s_churn={churn!r}), got {churn!r}")
     lambdas, step = lambda_table(scaling, sigmas), find_solver(solver)
     check_stirring(step, (churn is not None and churn.s_churn > 0) or getattr(guidance, "churn", None) is not None)
     memory, last_L = {}, None
@@ -91,6 +89,8 @@ def lambda_table(
 ) -> list[float]:        # n values; ValueError for 0, negative or non-finite ones
     "The divisor of epsilon at each step."
     n = len(sigmas) - 1
+    if isinstance(scaling, bool):
+        raise ValueError(f"scaling must be a number (1 is neutral), got {scaling}")
     try:
         if callable(scaling):
             table = [float(scaling(i, float(sigmas[i]))) for i in range(n)]
@@ -160,6 +160,8 @@ def add_noise(
 ) -> torch.Tensor:           # (b,c,h,w) at level sigma_hat
     "Raise the noise of x (Karras et al. 2022, Alg. 2, line 6)."
     z = None if noise is None else noise(x)  # asked even if unused, so that a seed's stream does not depend on the settings
+    if z is not None and z.shape != x.shape:
+        raise ValueError(f"noise must return the shape of its argument, {tuple(x.shape)}, got {tuple(z.shape)}")
     if isinstance(sigma_hat, float) and sigma_hat == sigma:
         return x
     z = torch.randn_like(x) if z is None else z

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_normal_sigmas', 'typical_sigmas', 'edm_weight', 'denoising_loss', 'held_out_losses', 'cosine_lr',
-           'update_average', 'train_denoiser', 'classification_accuracy', 'train_features']
+           'update_average', 'train_denoiser', 'classification_accuracy', 'train_features', 'stf_target', 'loss_weight']
 
 # %% ../nbs/08_training.ipynb #205ba391
 import copy
@@ -15,6 +15,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from .networks import seeded
+from .targets import stf_target
+from .weights import loss_weight
+
+# %% ../nbs/08_training.ipynb #c9ce0d41
+_all_ = ["stf_target", "loss_weight"]  # made in 08_targets and 07_weights, to be had from here: later training takes them as arguments
 
 # %% ../nbs/08_training.ipynb #78d19520
 def log_normal_sigmas(

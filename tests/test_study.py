@@ -16,7 +16,7 @@ from sedm_kit import command, report
 from sedm_kit.metrics import Difference, fd
 from sedm_kit.noise import edm_sigmas
 from sedm_kit.sampler import sample_seeds
-from sedm_kit.study import Arm, Plan, arms, moment_control, run_arm, study
+from sedm_kit.study import Arm, Plan, arms, mark_resolved, moment_control, run_arm, study
 from sedm_kit.tuning import grid, lowest, parabola_minimum, world_stats
 from sedm_kit.worlds import load_world
 
@@ -41,7 +41,7 @@ def test_neutral_settings_change_nothing():
     results = study(Plan(**SMALL, solvers=("euler",), lam=1.0, w_dg=0.0), progress=False)
     for entry in results["differences"]:
         if "plain + moment map" not in (entry["first"], entry["second"]):
-            assert entry["fd_pixel"].values == (0.0, 0.0) and report.verdict(entry["fd_pixel"]) == "not resolved"
+            assert entry["fd_pixel"].values == (0.0, 0.0) and report.verdict(entry, "fd_pixel") == "not resolved"
 
 
 def test_numbers_are_those_of_the_seeds(results):
@@ -89,8 +89,42 @@ def test_report_follows_the_numbers(results):
     rows = {row["sampler"]: row for row in results["table"] if row["solver"] == "euler"}
     text = " ".join(report.in_short(results, "euler"))
     assert report.number(rows["plain"]["fd_pixel"]) in text
-    flipped = dict(results, differences=[{**e, "fd_pixel": Difference([-v for v in e["fd_pixel"].values], 80)} for e in results["differences"]])
-    assert report.in_short(flipped, "euler")[1] != report.in_short(results, "euler")[1]
+    better, worse = ([{**e, "fd_pixel": Difference([sign * 1.0, sign * 1.01], 80), "resolved": {**e["resolved"], "fd_pixel": True}} for e in results["differences"]] for sign in (-1, 1))
+    said = [report.in_short(dict(results, differences=some), "euler")[1] for some in (better, worse)]
+    assert "ES lower by 1.00" in said[0] and "ES higher by 1.00" in said[1]
+
+
+def test_holms_rule_against_a_textbook_example():
+    "p = .01, .04, .03 and .005: by Holm at 5 % only .005 and .01 are found, though all four are below .05."
+    from scipy import stats
+    def with_p(p):
+        t = stats.t.isf(p / 2, 1)  # two blocks: one degree of freedom
+        return Difference([t + 1.0, t - 1.0], 10)  # mean t, standard error 1
+    entries = [{"fd_pixel": with_p(0.01), "fd_feature": with_p(0.04), "shape": with_p(0.03)},
+               {"fd_pixel": with_p(0.005), "fd_feature": Difference([0.0, 0.0], 10), "shape": Difference([0.0, 0.0], 10)}]
+    mark_resolved(entries, alpha=0.075)  # six tests here: .075 / 6 = .0125 stands for the example's .05 / 4
+    assert entries[0]["resolved"] == {"fd_pixel": True, "fd_feature": False, "shape": False}
+    assert entries[1]["resolved"] == {"fd_pixel": True, "fd_feature": False, "shape": False}
+
+
+@pytest.mark.parametrize("first, message", [(2_000_000, "were chosen on seeds 2000000"), (999_000, "trained on samples of seeds 1000000")])
+def test_seeds_that_were_used_before_are_refused(first, message):
+    with pytest.raises(ValueError, match=message):
+        study(Plan(first_seed=first, images=1000, blocks=5), progress=False)
+
+
+def test_the_drift_split_has_error_bars(results):
+    for row in results["split"]:
+        assert row["total"].n_blocks == 5 and abs(row["total"].mean - row["discretisation"].mean - row["network"].mean) < 1e-12
+        assert row["network"].ci > 0 and f"{row['total'].mean:+.3f} ± {row['total'].ci:.3f}" in " ".join(report.in_short(results, row["solver"]))
+
+
+def test_figures_of_an_earlier_study_go_away(results, tmp_path):
+    report.write_report(results, tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"not ours")
+    only = {**results, "plan": {**results["plan"], "solvers": ("euler",)}, **{key: [row for row in results[key] if row["solver"] == "euler"] for key in ("table", "differences", "split")}}
+    report.write_report(only, tmp_path)
+    assert not list(tmp_path.glob("*heun*")) and (tmp_path / "mine.png").exists()
 
 
 def test_a_failing_write_leaves_nothing_half_written(results, tmp_path, monkeypatch):
@@ -111,6 +145,8 @@ def test_a_failing_write_leaves_nothing_half_written(results, tmp_path, monkeypa
     (["study", "--world", "mnist"], "unknown world 'mnist'; known: digits, patches"),
     (["study", "--solver", "euler,rk9"], "unknown solver 'rk9'"),
     (["study", "--steps", "0"], "at least 1, got 0"),
+    (["study", "--solver", "euler,euler"], "different names"),
+    (["study", "--device", "tpu"], "'cpu' or 'cuda', got 'tpu'"),
     (["study", "--lambda", "0"], "positive"),
     (["study", "--lambda", "nan"], "finite"),
     (["study", "--w-dg", "inf"], "finite"),
