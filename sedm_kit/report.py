@@ -141,7 +141,7 @@ def figures(
         images = results["previews"][solver] | {"real": results["real"]}
         drawn[f"samples-{solver}"] = plots.compare_grids(images, seeds=range(plan["first_seed"], plan["first_seed"] + 10), title="seed").figure, f"The first ten seeds with {solver.capitalize()}; every column starts from the same noise. The last row holds ten real images, which belong to no seed."
         drawn[f"drift-{solver}"] = _drift_figure(results["curves"][solver]), f"Norm of epsilon and variance of what the network saw with {solver.capitalize()}, against training. Band: one standard error; variance over all {plan['blocks'] * plan['images']} images."
-        drawn[f"differences-{solver}"] = _difference_figure(results, solver), f"Paired differences with {solver.capitalize()}. Dark: 95 % interval under common seeds; grey: what separate seeds would have given."
+        drawn[f"differences-{solver}"] = _difference_figure(results, solver), f"Paired differences with {solver.capitalize()}. Dark: 95 % interval under common seeds, each by itself (filled where it leaves out zero; the table says what stands after Holm's rule); grey: what separate seeds would have given."
     drawn["split"] = _split_figure(results["split"]), f"Variance drift (samples / data − 1), split into the solver's finite steps and what remains with {CONVERGED} Heun steps, which is the network's share up to the spread of {results['split'][0]['total'].n_blocks * results['split'][0]['total'].block_size} images. The exact mixture has no network."
     accuracies = {f"against {solver}": card["accuracy"] for solver, card in results["card"].get("log_ratio", {}).items()}
     if accuracies:
