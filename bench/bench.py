@@ -3,19 +3,23 @@
 Every comparison runs its candidates in turn, A B C A B C ..., and prints the median of the ratios to the first one with their
 range, so that a machine whose speed drifts does not decide the outcome. Times are wall time of this process."""
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
+from scipy import stats
 from tqdm.auto import tqdm
 
 from sedm_kit.diagnostics import Trace
 from sedm_kit.discriminator import DiscriminatorGuidance
 from sedm_kit.noise import edm_sigmas
+from sedm_kit.normality import shapiro_wilk
 from sedm_kit.sampler import count_evaluations, sample, sample_seeds
+from sedm_kit.study import peak_memory_mb
+from sedm_kit.targets import stf_target
 from sedm_kit.worlds import load_world
 
 BATCH, STEPS = 256, 18
@@ -99,15 +103,15 @@ def sampler_overhead(repeats: int):
 
 
 MEMORY = """
-import resource
 from sedm_kit.diagnostics import Trace
 from sedm_kit.noise import edm_sigmas
 from sedm_kit.sampler import sample_seeds
+from sedm_kit.study import peak_memory_mb
 from sedm_kit.worlds import load_world
 world = load_world("digits")
 for first in range(0, {n}, 500):
     sample_seeds(world.denoiser, range(first, first + 500), edm_sigmas(6), solver="euler", micro_batch=250, callback=Trace())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory_mb())
 """
 
 
@@ -116,7 +120,35 @@ def memory(sizes: tuple):
     print("\npeak memory of a process that samples n digits with a trace")
     for n in sizes:
         peak = int(subprocess.run([sys.executable, "-c", MEMORY.format(n=n)], capture_output=True, text=True, check=True).stdout)
-        print(f"  n = {n:<8} {peak / 1024:8.0f} MB")
+        print(f"  n = {n:<8} {peak:8.0f} MB")
+
+
+def normality_tests(repeats: int):
+    "3072 Shapiro-Wilk tests (the pixels of a CIFAR image), batched and by scipy one by one."
+    for n, wanted in ((50, 100), (1000, 6)):
+        errors = np.random.default_rng(0).normal(size=(3072, n))
+        compare(f"3072 Shapiro-Wilk tests of {n} samples (at least {wanted}x wanted)",
+                {"shapiro_wilk": lambda: shapiro_wilk(errors), "scipy.stats.shapiro, one by one": lambda: [stats.shapiro(row) for row in errors]}, repeats)
+
+
+def pairwise_target(x, sigma, reference):
+    "The direct form: a (b, n, d) tensor of differences in the images' own dtype."
+    log_weights = (x[:, None].flatten(2) - reference.flatten(1)).square_().sum(2) / (-2 * sigma**2)
+    return (log_weights.softmax(1) @ reference.flatten(1)).reshape(x.shape)
+
+
+def stable_targets(repeats: int, quick: bool):
+    "Time and extra memory of one target: 64 images of CIFAR size against 4096 (quick: 16 against 1024)."
+    b, n = (16, 1024) if quick else (64, 4096)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(n, 3, 32, 32, generator=generator) * 2 - 1
+    x = reference[:b] + torch.randn(b, 3, 32, 32, generator=generator)
+    stf_target(x[:2], 1.0, reference[:16])
+    before = peak_memory_mb()
+    stf_target(x, 1.0, reference)
+    extra = peak_memory_mb() - before
+    compare(f"stable target, {b} images against {n}, 3x32x32; extra memory {extra:.0f} MB against {b * n * 3072 * 4 / 1e6:.0f} MB of differences",
+            {"stf_target": lambda: stf_target(x, 1.0, reference), "all differences, float32": lambda: pairwise_target(x, 1.0, reference)}, repeats)
 
 
 if __name__ == "__main__":
@@ -124,5 +156,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
     quick = parser.parse_args().quick
     sampler_overhead(2 if quick else 9)
+    normality_tests(2 if quick else 5)
+    stable_targets(2 if quick else 5, quick)
     memory((1000, 2000) if quick else (1000, 10_000))
-    print(f"\npeak memory of this benchmark: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(f"\npeak memory of this benchmark: {peak_memory_mb()} MB")

@@ -33,21 +33,18 @@ class Trace:
 
     def __call__(self, info: dict):
         "Add one evaluation of a micro-batch, as `sample` reports it."
-        x = info["x"] - self.center
-        scaled = {"eps": info["eps"], "slope": info["slope"]}
+        x, key = info["x"] - self.center, (info["step"], info["stage"])
+        squares = x.square()
+        values = {"eps": info["eps"].flatten(1).norm(dim=1)}
+        values["slope"] = values["eps"] if info["slope"] is info["eps"] else info["slope"].flatten(1).norm(dim=1)
         if isinstance(info["g"], torch.Tensor):
-            scaled["guidance"] = info["g"] / per_image(info["sigma"], x.ndim, x)
-        values = {name: v.flatten(1).norm(dim=1) for name, v in scaled.items()}
-        values["square"] = x.square().flatten(1).mean(1)
-        values["sigma"] = info["sigma"].expand(len(x))
-        self._add(info["step"], info["stage"], values, torch.stack([x.sum(0), x.square().sum(0)]))
-
-    def _add(self, step, stage, values, pixels):
-        sums = self.sums.setdefault((step, stage), {})
-        for name, v in values.items():
-            moments = torch.stack([torch.ones_like(v).sum(), v.sum(), v.square().sum()])
-            sums[name] = sums[name] + moments if name in sums else moments
-        key = (step, stage)
+            values["guidance"] = info["g"].flatten(1).norm(dim=1) / info["sigma"]
+        values["square"], values["sigma"] = squares.flatten(1).mean(1), info["sigma"].expand(len(x))
+        rows = torch.stack(list(values.values()))
+        moments = torch.stack([torch.full_like(rows[:, 0], len(x)), rows.sum(1), rows.square().sum(1)], dim=1)
+        sums, pixels = self.sums.setdefault(key, {}), torch.stack([x.sum(0), squares.sum(0)])
+        for name, row in zip(values, moments):
+            sums[name] = sums.get(name, 0) + row  # a new tensor, not a view that keeps the others alive
         self.pixels[key] = self.pixels[key] + pixels if key in self.pixels else pixels
 
     def merge(self,
