@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .analytic import Denoiser, per_image
+from .analytic import Denoiser, ask, per_image
 from .networks import one_hot
 from .noise import check_alphas, sigma_from_alphas, vp_scale
 
@@ -160,7 +160,7 @@ def as_eps_model(
         abar = alphas.to(x.device)[t]
         sigma = sigma_from_alphas(abar)
         x = x.to(torch.float64) / per_image(abar.sqrt(), x.ndim, abar)
-        return (x - denoiser(x, sigma, class_labels)) / per_image(sigma, x.ndim, sigma)
+        return (x - ask(denoiser, x, sigma, class_labels)) / per_image(sigma, x.ndim, sigma)
     return eps_model
 
 # %% ../nbs/03_adapters.ipynb #410ccf0d
@@ -195,7 +195,7 @@ def to_k_diffusion(
         class_labels = extra.pop(label_name, None)
         if extra:
             raise TypeError(f"unknown extra_args {', '.join(sorted(extra))}; a denoiser takes {label_name!r} only")
-        return denoiser(x, sigma, class_labels).to(x.dtype)
+        return ask(denoiser, x, sigma, class_labels).to(x.dtype)
     return model
 
 # %% ../nbs/03_adapters.ipynb #938a21e0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trace', 'eps_norms', 'eps_ratio', 'variance_ratio', 'euler_variance_loss', 'linear_denoiser', 'gaussian_variance',
-           'neutral_lambda', 'drift_split', 'shapiro_wilk', 'target_variance']
+           'neutral_lambda', 'drift_split', 'shapiro_wilk', 'target_variance', 'delta_t']
 
 # %% ../nbs/10_diagnostics.ipynb #8e6cc379
 import math
@@ -19,9 +19,10 @@ from .noise import check_sigmas, edm_sigmas
 from .normality import shapiro_wilk
 from .sampler import sample, sample_seeds
 from .targets import target_variance
+from .variance import delta_t
 
 # %% ../nbs/10_diagnostics.ipynb #e7082e2e
-_all_ = ["shapiro_wilk", "target_variance"]  # made in 09_normality and 08_targets, to be had from here
+_all_ = ["shapiro_wilk", "target_variance", "delta_t"]  # made in 09_normality, 08_targets and 09_variance, to be had from here
 
 # %% ../nbs/10_diagnostics.ipynb #4277689f
 class Trace:

@@ -277,11 +277,13 @@ def plain(
     if isinstance(value, Estimate):
         return plain(value.as_dict())
     if isinstance(value, torch.Tensor):
-        return value.tolist()
+        return plain(value.tolist())
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # strict JSON knows no NaN; one undefined ratio must not cost a whole run
     return value
 
 
@@ -294,11 +296,12 @@ def write_report(
 ) -> Path:           # the page, report.html; beside it results.json and one PNG per figure
     "Write a study's page, figures and numbers."
     out = claim_folder(out)
+    pictures = {name: (png(figure), caption) for name, (figure, caption) in figures(results).items()}
+    document, record = page(results, pictures), plain({key: value for key, value in results.items() if key not in ("previews", "real")})
+    write_json(out / "results.json", record)  # first: the numbers cannot be drawn again without sampling, the rest can
     for stale in (path for pattern in FIGURES for path in out.glob(pattern)):  # of an earlier study in this folder
         stale.unlink()
-    pictures = {name: (png(figure), caption) for name, (figure, caption) in figures(results).items()}
     for name, (picture, _) in pictures.items():
         write_atomically(out / f"{name}.png", picture)
-    write_json(out / "results.json", plain({key: value for key, value in results.items() if key not in ("previews", "real")}))
-    write_atomically(out / "report.html", page(results, pictures).encode())
+    write_atomically(out / "report.html", document.encode())
     return out / "report.html"

@@ -254,14 +254,14 @@ def test_golden_adm_network(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("out.2.weight"), "is no state dict of a ADMUNet: it has no tensor out.2.weight"),
+    (lambda s: s.pop("out.2.weight"), "does not hold the state dict of ADMUNet: it has no tensor out.2.weight"),
     (lambda s: s.pop("time_embed.0.weight"), "tensors missing time_embed.0.weight"),
     (lambda s: s.pop("input_blocks.0.0.weight"), "it has no tensor input_blocks.0.0.weight"),
     (lambda s: s.update({"input_blocks.0.0.weight": torch.ones(())}), "it has no tensor input_blocks.0.0.weight"),
-    (lambda s: s.update({"input_blocks.0.0.weight": torch.ones(32)}), "is no state dict of a ADMUNet"),
-    (lambda s: s.update({"input_blocks.0.0.weight": torch.ones(0, 3, 3, 3)}), "is no state dict of a ADMUNet"),
+    (lambda s: s.update({"input_blocks.0.0.weight": torch.ones(32)}), "does not hold the state dict of ADMUNet"),
+    (lambda s: s.update({"input_blocks.0.0.weight": torch.ones(0, 3, 3, 3)}), "does not hold the state dict of ADMUNet"),
     (lambda s: s.update({"output_blocks.77.0.weight": torch.ones(1)}), "output_blocks are not numbered from 0"),
-    (lambda s: s.clear() or s.update(a=torch.ones(1)), "is no state dict of a ADMUNet"),
+    (lambda s: s.clear() or s.update(a=torch.ones(1)), "does not hold the state dict of ADMUNet"),
     (lambda s: s.update({"out.2.weight": torch.ones(6, 32, 1, 1)}), "out.2.weight .expected .6, 32, 3, 3"),
 ])
 def test_adm_files_that_do_not_fit(change, words, tmp_path):
