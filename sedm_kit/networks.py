@@ -217,6 +217,8 @@ class EDMPrecond(Precond):
         **model_kwargs,                # further arguments of that class
     ):
         super().__init__(locals(), sigma_min, sigma_max)
+        if not (math.isfinite(sigma_data) and sigma_data > 0):
+            raise ValueError(f"sigma_data must be finite and positive, got {sigma_data}: with 0 the network's answer would not count")
         self.sigma_data = sigma_data
 
     def coefficients(

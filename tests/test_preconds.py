@@ -133,3 +133,9 @@ def test_wrong_inputs_are_named(change, arguments, message):
 def test_unknown_networks_are_named(form):
     with pytest.raises(ValueError, match=f"unknown model_type 'SwinNet'; known: {', '.join(DENOISER_NETWORKS)}"):
         FORMS[form](**SMALL | {"model_type": "SwinNet"})
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_standard_deviation_that_is_none(sigma_data):
+    with pytest.raises(ValueError, match="sigma_data must be finite and positive"):
+        EDMPrecond(8, 1, model_type="PatchNet", sigma_data=sigma_data, channels=8, blocks=1)
