@@ -66,6 +66,17 @@ def test_ideal_delta_t_in_closed_form(eta, depth):
     assert_close(got["excess"][small], want["excess"][small], rtol=0, atol=0.06)
 
 
+def test_delta_t_error_bars_are_what_other_seeds_show():
+    "The jackknife's error against the scatter of 40 independent runs of 200 images."
+    world, runs = gaussian(), []
+    for seed in range(40):
+        generator = rng(100 + seed)
+        runs.append(delta_t(as_eps_model(world.denoiser(), ABAR), world.sample(200, generator=generator), ABAR, KEPT[:6], clip=False, generator=generator))
+    for form in ("spread", "paired", "excess"):
+        scatter, claimed = torch.stack([run[form] for run in runs]).std(0), torch.stack([run[form + "_error"] for run in runs]).square().mean(0).sqrt()
+        assert ((claimed / scatter > 0.6) & (claimed / scatter < 1.7)).all(), (form, claimed / scatter)
+
+
 def test_perfect_reconstruction_has_no_paired_delta_t():
     "A network that knows x0 puts q(x_t | x_0) back exactly; so does the closed form for data without variance."
     x0 = torch.linspace(-1, 1, 16, dtype=torch.float64).view(1, 1, 4, 4)
@@ -184,6 +195,9 @@ def test_bad_input():
             delta_t(wobbly, bad, ABAR, 20)
     with pytest.raises(ValueError, match="2 steps, got 4 images and 1 steps"):
         delta_t(wobbly, images, ABAR, 1)
+    for settings in ({"parts": 1}, {"batch": 1}):
+        with pytest.raises(ValueError, match="at least 2 parts"):
+            delta_t(wobbly, images, ABAR, 20, **settings)
     with pytest.raises(ValueError, match="at least 2 images"):
         step_variance(lambda x, s: x, images[:1], 1.0, 0.5, 0.5)
     with pytest.raises(ValueError, match="no evaluation of stage 1"):
