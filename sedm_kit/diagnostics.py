@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trace', 'eps_norms', 'eps_ratio', 'variance_ratio', 'euler_variance_loss', 'linear_denoiser', 'gaussian_variance',
-           'neutral_lambda', 'drift_split', 'shapiro_wilk', 'target_variance', 'delta_t']
+           'neutral_lambda', 'drift_split', 'drift_profile', 'shapiro_wilk', 'target_variance', 'delta_t']
 
 # %% ../nbs/10_diagnostics.ipynb #8e6cc379
 import math
@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from tqdm.auto import tqdm
 
 from .analytic import Denoiser, ask, per_image
-from .noise import check_sigmas, edm_sigmas
+from .noise import check_sigmas, edm_sigmas, refine_sigmas
 from .normality import shapiro_wilk
 from .sampler import sample, sample_seeds
 from .targets import target_variance
@@ -28,12 +28,18 @@ _all_ = ["shapiro_wilk", "target_variance", "delta_t"]  # made in 09_normality, 
 class Trace:
     "What one sampling run showed at every evaluation: running sums, on the device."
     def __init__(self,
-        center=0.0,  # (c,h,w) or number that squared deviations are taken from; the data's mean is best
+        center=0.0,        # (c,h,w) or number that squared deviations are taken from; the data's mean is best
+        full: bool = False, # also keep sums of x x^T, (d,d) per evaluation, for `moments`
+        every: int = 1,    # record only every so manieth step
     ):
-        self.center, self.sums, self.pixels = center, {}, {}
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every!r}")
+        self.center, self.full, self.every, self.sums, self.pixels, self.products = center, full, every, {}, {}, {}
 
     def __call__(self, info: dict):
         "Add one evaluation of a micro-batch, as `sample` reports it."
+        if info["step"] % self.every:
+            return
         x, key = info["x"] - self.center, (info["step"], info["stage"])
         squares = x.square()
         values = {"eps": info["eps"].flatten(1).norm(dim=1)}
@@ -47,6 +53,9 @@ class Trace:
         for name, row in zip(values, moments):
             sums[name] = sums.get(name, 0) + row  # a new tensor, not a view that keeps the others alive
         self.pixels[key] = self.pixels[key] + pixels if key in self.pixels else pixels
+        if self.full:
+            product = x.flatten(1).T @ x.flatten(1)
+            self.products[key] = self.products[key] + product if key in self.products else product
 
     def merge(self,
         other: "Trace",  # a trace of other images on the same grid, with the same center
@@ -57,7 +66,9 @@ class Trace:
             own = self.sums.setdefault(key, {})
             for name, moments in sums.items():
                 own[name] = own[name] + moments if name in own else moments
-            self.pixels[key] = self.pixels[key] + other.pixels[key] if key in self.pixels else other.pixels[key]
+            for kept, new in ((self.pixels, other.pixels), (self.products, other.products)):
+                if key in new:
+                    kept[key] = kept[key] + new[key] if key in kept else new[key]
         return self
 
     def _check_alike(self, other):
@@ -68,6 +79,8 @@ class Trace:
             raise ValueError(f"traces of different runs cannot be merged: {len(self.sums)} and {len(other.sums)} evaluations, at other noise levels from {different[:1]} on")
         if not torch.equal(torch.as_tensor(self.center, dtype=torch.float64), torch.as_tensor(other.center, dtype=torch.float64)):
             raise ValueError("traces around different centers cannot be merged")
+        if self.sums and other.sums and self.full != other.full:
+            raise ValueError("a trace with full covariances and one without cannot be merged")
 
     def stages(self) -> list[int]:
         "The stages that occurred: [0] for Euler, [0, 1] for Heun."
@@ -104,6 +117,20 @@ class Trace:
         total, squares = torch.stack([self.pixels[key].flatten(1) for key in keys]).cpu().unbind(1)
         variance = (squares - total.square() / n[:, None]).mean(1) / (n - 1).clamp(min=1)
         return variance, self.column("square", stage)[1]
+
+    def moments(self,
+        step: int,       # number of the step; negative counts from the last one recorded
+        stage: int = 0,  # evaluation within the step
+    ) -> tuple:          # mean (d,) and covariance (d,d), ddof 1, float64 on the device
+        "Mean and covariance of the states that the network saw; needs `full=True`."
+        if not self.full:
+            raise ValueError("this trace kept no covariances: make it with Trace(full=True)")
+        key = self._keys(stage)[step] if step < 0 else (step, stage)
+        if key not in self.products:
+            raise ValueError(f"the trace holds no evaluation at step {step}, stage {stage}")
+        n, mean = self.sums[key]["square"][0], self.pixels[key][0].flatten() / self.sums[key]["square"][0]
+        center = torch.as_tensor(self.center, dtype=mean.dtype, device=mean.device).expand(self.pixels[key][0].shape).flatten()
+        return mean + center, (self.products[key] - n * torch.outer(mean, mean)) / (n - 1)
 
 # %% ../nbs/10_diagnostics.ipynb #c2132056
 def eps_norms(
@@ -229,3 +256,38 @@ def drift_split(
     total = measure(sample_seeds(denoiser, seeds, sigmas, solver=solver, **settings))
     network = measure(sample_seeds(denoiser, seeds, fine, solver="heun", **settings))
     return {"total": total, "discretisation": total - network, "network": network}
+
+# %% ../nbs/10_diagnostics.ipynb #a6ee8d0d
+def drift_profile(
+    denoiser: Callable,   # D(x, sigma, class_labels)
+    seeds: Sequence[int], # common to both runs
+    sigmas,               # (k+1,) noise levels of the run in question
+    training: dict,       # eps_norms at the same levels
+    data_variance: float, # mean over pixels of the variance of the clean data
+    *,
+    center=0.0,           # the data's mean, as for Trace
+    solver="euler",       # of the run in question
+    factor: int = 4,      # Heun steps in place of one that count as infinitely many
+    parts: int = 5,       # groups of seeds that the errors come from
+    **settings,           # shape, micro_batch, guidance, ...: as for sample_seeds, in both runs
+) -> dict:                # "sigma"; "norm" and "variance": dict of "total", "discretisation", "network" and each with "_error", (k,)
+    "Split the excess of the norm of epsilon and of the variance (ratio - 1), level by level."
+    sigmas, seeds = check_sigmas(sigmas), list(seeds)
+    if parts < 2 or len(seeds) < 2 * parts:
+        raise ValueError(f"error bars need at least 2 parts of at least 2 seeds, got {len(seeds)} seeds in {parts!r} parts")
+    def excess(part, grid, solver, every):
+        trace = Trace(center, every=every)
+        sample_seeds(denoiser, part, grid, solver=solver, callback=trace, **settings)
+        return torch.stack([eps_ratio(trace, training)["ratio"], variance_ratio(trace, data_variance)["ratio"]]) - 1
+    groups = [seeds[k::parts] for k in range(parts)]
+    total = torch.stack([excess(part, sigmas, solver, 1) for part in groups])
+    network = torch.stack([excess(part, refine_sigmas(sigmas, factor), "heun", factor) for part in groups])
+    common = {"norm": training["error"] / training["norm"], "variance": torch.zeros(len(sigmas) - 1, dtype=torch.float64)}
+    return {"sigma": sigmas[:-1], **{name: _shares(total[:, k], network[:, k], common[name]) for k, name in enumerate(common)}}
+
+
+def _shares(total, network, common) -> dict:
+    "Mean and standard error of a drift and its two shares, (parts, k) each; the truth's own error falls out of the difference."
+    shares = {"total": (total, common), "discretisation": (total - network, 0 * common), "network": (network, common)}
+    error = lambda values, own: (values.var(0) / len(values) + (own * (1 + values.mean(0))).square()).sqrt()
+    return {key: value for name, (values, own) in shares.items() for key, value in ((name, values.mean(0)), (f"{name}_error", error(values, own)))}

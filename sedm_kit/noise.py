@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VP_BETA_MIN', 'VP_BETA_SLOPE', 'check_sigmas', 'edm_sigmas', 'vp_sigma', 'vp_sigmas', 've_sigmas', 'iddpm_levels',
-           'iddpm_sigmas', 'snr', 'sigma_from_alphas', 'ddpm_alphas_cumprod', 'check_alphas', 'vp_time', 'vp_scale']
+           'iddpm_sigmas', 'refine_sigmas', 'snr', 'sigma_from_alphas', 'ddpm_alphas_cumprod', 'check_alphas',
+           'vp_time', 'vp_scale']
 
 # %% ../nbs/00_noise.ipynb #3c009a68
 import math
@@ -128,6 +129,22 @@ def iddpm_sigmas(
     if n > len(levels):
         raise ValueError(f"iDDPM's chain has {len(levels)} levels between {sigma_min:g} and {sigma_max:g}, {n} were asked for")
     return _with_zero(levels[((len(levels) - 1) * _fractions(n)).round().long()])
+
+# %% ../nbs/00_noise.ipynb #728a0b41
+def refine_sigmas(
+    sigmas,            # (n+1,) noise levels ending in 0
+    factor: int,       # steps in place of one, >= 1
+    rho: float = 7.0,  # exponent in which the new levels are evenly spaced
+) -> torch.Tensor:     # ((n-1) * factor + 2,) float64: entry i * factor is sigmas[i]
+    "A grid with every step but the last divided, through the same levels."
+    sigmas = check_sigmas(sigmas)
+    if not isinstance(factor, numbers.Integral) or isinstance(factor, bool) or factor < 1:
+        raise ValueError(f"factor must be an integer of at least 1, got {factor!r}")
+    roots = sigmas[:-1] ** (1 / rho)
+    share = torch.arange(factor, dtype=torch.float64) / factor
+    between = (roots[:-1, None] + share * roots.diff()[:, None]) ** rho
+    between[:, 0] = sigmas[:-2]  # the old levels to the last bit
+    return _with_zero(torch.cat([between.flatten(), sigmas[-2:-1]]))
 
 # %% ../nbs/00_noise.ipynb #17797e0f
 def snr(

@@ -1,5 +1,6 @@
 "Laws and oracles of sedm_kit.diagnostics: the closed-form tables of Gaussian data, the variance identity, and what a trace records."
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from scipy.optimize import brentq
 from torch.testing import assert_close
 
 from sedm_kit.analytic import Denoiser, GaussianMixture, noise_error, scale_error, sigma_error
-from sedm_kit.diagnostics import (Trace, drift_split, eps_norms, eps_ratio, euler_variance_loss, gaussian_variance, linear_denoiser, neutral_lambda,
+from sedm_kit.diagnostics import (Trace, drift_profile, drift_split, eps_norms, eps_ratio, euler_variance_loss, gaussian_variance, linear_denoiser, neutral_lambda,
                                   variance_ratio)
 from sedm_kit.discriminator import DiscriminatorGuidance
-from sedm_kit.noise import edm_sigmas, vp_sigmas
+from sedm_kit.noise import edm_sigmas, refine_sigmas, vp_sigmas
 from sedm_kit.sampler import Churn, LinearScaling, sample, sample_seeds
 
 S = 0.75  # standard deviation of the data in all tables
@@ -465,7 +466,127 @@ def test_trace_does_not_grow_with_the_number_of_images():
     assert dtypes == {torch.float64} and size < 9 * 8 * (5 * 3 + 2 * 3 + 1)  # 9 evaluations: 5 moments of 3 numbers, 2 sums of 3 pixels
 
 
+def test_full_trace_gives_mean_and_covariance_around_any_center():
+    start, states = unit(40, 1, 2, 2), []
+    for center in (0.0, 0.7, unit(1, 2, 2, seed=3)):
+        whole, parts, states = Trace(center, full=True), [Trace(center, full=True), Trace(center, full=True)], []
+        denoiser = linear_denoiser([1.0, 0.3, 0.1, 0.6])
+        flat = lambda x, sigma: denoiser(x.reshape(-1, 1, 1, 4), sigma).reshape(x.shape)
+        sample(flat, 80 * start, edm_sigmas(4), callback=lambda info: (whole(info), states.append((info["step"], info["stage"], info["x"]))))
+        for trace, rows in zip(parts, start.split(15)):
+            sample(flat, 80 * rows, edm_sigmas(4), callback=trace)
+        sample(flat, 80 * start[30:], edm_sigmas(4), callback=parts[0])
+        merged = parts[0].merge(parts[1])
+        for step, stage, x in states:
+            want = x.flatten(1).mean(0), x.flatten(1).T.cov()
+            assert_close(whole.moments(step, stage), want, rtol=1e-9, atol=1e-9 * float(want[1].abs().max()))
+            assert_close(merged.moments(step, stage), want, rtol=1e-9, atol=1e-9 * float(want[1].abs().max()))
+        assert_close(whole.moments(-1), whole.moments(3))
+
+
+def test_a_trace_without_covariances_says_so():
+    trace = traced(unit(5, 1, 1, 3))[0]
+    with pytest.raises(ValueError, match="full=True"):
+        trace.moments(0)
+    other = Trace(full=True)
+    sample(linear_denoiser([1.0, 0.3, 0.1]), 80 * unit(5, 1, 1, 3), edm_sigmas(4), callback=other)
+    with pytest.raises(ValueError, match="step 9, stage 0"):
+        other.moments(9)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_trace_of_every_kth_step(every):
+    all_steps, some = Trace(), Trace(every=every)
+    sample(linear_denoiser([1.0, 0.3, 0.1]), 80 * unit(9, 1, 1, 3), edm_sigmas(8), solver="heun", callback=lambda info: (all_steps(info), some(info)))
+    assert torch.equal(some.column("eps")[0], all_steps.column("eps")[0][::every])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Trace(every=0)
+
+
+def _trace_of(seeds):
+    trace = Trace(0.1, full=True)
+    sample_seeds(linear_denoiser([1.0, 0.3, 0.1]), seeds, edm_sigmas(5), shape=(1, 1, 3), micro_batch=4, callback=trace)
+    return trace
+
+
+def _one_rank(rank, store, results):
+    "One of two processes: sample half of the seeds, then add what both saw."
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    gathered = [None, None]
+    torch.distributed.all_gather_object(gathered, _trace_of(range(rank, 20, 2)))
+    torch.save(gathered[0].merge(gathered[1]).__dict__, os.path.join(results, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def test_traces_merge_across_processes(tmp_path):
+    torch.multiprocessing.spawn(_one_rank, (tmp_path / "store", str(tmp_path)), nprocs=2)
+    alone = _trace_of(range(20))
+    for rank in range(2):
+        both = Trace(0.1, full=True)
+        both.__dict__.update(torch.load(tmp_path / f"{rank}.pt", weights_only=True))
+        for stage in (0, 1):
+            assert_close(both.column("eps", stage), alone.column("eps", stage), rtol=1e-12, atol=1e-12)
+            assert_close(both.variance(stage), alone.variance(stage), rtol=1e-10, atol=1e-12)
+        assert_close(both.moments(-1), alone.moments(-1), rtol=1e-10, atol=1e-12)
+
+
 # ---- splitting a drift
+
+@given(st.lists(st.floats(0.002, 150), min_size=2, max_size=8, unique=True), st.integers(1, 5))
+def test_refined_grids_keep_their_levels(levels, factor):
+    levels = sorted(levels, reverse=True)
+    if any(a - b < 1e-6 * a for a, b in zip(levels, levels[1:])):
+        return  # closer than a refined grid can tell apart
+    sigmas = torch.tensor([*levels, 0.0], dtype=torch.float64)
+    fine = refine_sigmas(sigmas, factor)
+    assert len(fine) == (len(levels) - 1) * factor + 2 and torch.equal(fine[:-1:factor], sigmas[:-1])
+    assert (fine.diff() < 0).all()
+
+
+@pytest.mark.parametrize("factor", [0, -1, 1.5, True])
+def test_refining_needs_a_whole_factor(factor):
+    with pytest.raises(ValueError, match="factor must be an integer of at least 1"):
+        refine_sigmas([1.0, 0.1, 0.0], factor)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_profile_of_a_gaussians_drift(solver):
+    "Everything is linear in the start, so each part's norms and variances are known exactly."
+    v = torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64)
+    denoiser, sigmas, seeds, factor = scale_error(linear_denoiser(v), 0.98), edm_sigmas(9), range(20), 3
+    levels = sigmas[:-1]
+    training = {"sigma": levels, "norm": 1 + levels, "error": 0.01 * (1 + levels)}
+    found = drift_profile(denoiser, seeds, sigmas, training, v.mean().item(), solver=solver, factor=factor, parts=4, shape=(1, 1, 3), micro_batch=5)
+    start = torch.stack([torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(seed)).double().flatten() for seed in seeds])
+
+    def excess(part, grid, solver, every):
+        states = [80 * start[part]]
+        rate = lambda sigma, x: (x - 0.98 * v / (v + sigma**2) * x) / sigma
+        for sigma, after in zip(grid[:-1], grid[1:]):
+            first = rate(sigma, states[-1])
+            step = states[-1] + (after - sigma) * first
+            states.append(step if solver == "euler" or after == 0 else states[-1] + (after - sigma) * (first + rate(after, step)) / 2)
+        states = states[:-1][::every]
+        norms = torch.stack([rate(sigma, x).norm(dim=1).mean() for sigma, x in zip(levels, states)]) / training["norm"]
+        return torch.stack([norms, torch.stack([x.var(0).mean() for x in states]) / (v.mean() + levels**2)]) - 1
+
+    parts = [torch.arange(k, 20, 4) for k in range(4)]
+    total = torch.stack([excess(part, sigmas, solver, 1) for part in parts])
+    network = torch.stack([excess(part, refine_sigmas(sigmas, factor), "heun", factor) for part in parts])
+    assert_close(found["sigma"], levels)
+    for k, name in enumerate(("norm", "variance")):
+        for share, values, own in (("total", total, 0.01), ("network", network, 0.01), ("discretisation", total - network, 0.0)):
+            own = own if name == "norm" else 0.0
+            assert_close(found[name][share], values[:, k].mean(0), rtol=1e-9, atol=1e-12)
+            assert_close(found[name][share + "_error"], (values[:, k].var(0) / 4 + (own * (1 + values[:, k].mean(0))) ** 2).sqrt(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_profile_needs_parts():
+    training = {"sigma": edm_sigmas(4)[:-1], "norm": torch.ones(4), "error": torch.zeros(4)}
+    for seeds, parts in ((range(10), 1), (range(3), 2), ([], 2)):
+        with pytest.raises(ValueError, match="at least 2 parts of at least 2 seeds"):
+            drift_profile(linear_denoiser([1.0]), seeds, edm_sigmas(4), training, 1.0, parts=parts, shape=(1, 1, 1))
+
 
 @pytest.mark.parametrize("shrink", [1.0, 0.98])
 def test_split_of_a_gaussians_drift(shrink):
