@@ -36,6 +36,7 @@ class Plan:
     device: str = "cpu"             # "cpu" or "cuda"
     micro_batch: int = 250          # images per evaluation
     split_images: int = 1000        # seeds for the drift split, at most one block: it samples with 40 Heun steps
+    diagnostics: int = 500          # images for the diagnostics, at most those of the study and at least 8; 0: no diagnostics
     model: str | None = None        # file of your own denoiser: EDM's, ADM's or safetensors
     data: str | None = None         # its images: a folder, zip, npz or CIFAR-10 archive
     schedule: str = "cosine"        # of an ADM model's chain of 1000 steps: "cosine" or "linear"
@@ -49,7 +50,7 @@ class Plan:
             find_solver(solver)
         if not self.solvers or len(set(self.solvers)) < len(self.solvers):
             raise ValueError(f"solvers must be different names, at least one, got {self.solvers}")
-        for name in ("images", "blocks", "first_seed", "split_images", "micro_batch", "threads"):
+        for name in ("images", "blocks", "first_seed", "split_images", "diagnostics", "micro_batch", "threads"):
             if not isinstance(getattr(self, name), numbers.Integral):
                 raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -72,6 +73,8 @@ class Plan:
             raise ValueError(f"give either a discriminator, or a number of steps to train one (0: none), got {self.discriminator!r} and {self.train_discriminator}")
         if min(self.threads, self.micro_batch, self.split_images - 3) < 1:
             raise ValueError(f"threads and micro_batch must be at least 1 and split_images 4, got {self.threads}, {self.micro_batch} and {self.split_images}")
+        if self.diagnostics < 0 or 0 < self.diagnostics < 8:
+            raise ValueError(f"diagnostics must be 0 (none) or at least 8 images, got {self.diagnostics}")
         if self.blocks < 2 or self.images < 2:
             raise ValueError(f"a study needs at least 2 blocks of at least 2 images for its error bars, got {self.blocks} blocks of {self.images}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():

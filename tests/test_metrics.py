@@ -1,5 +1,7 @@
-"Laws and oracles of sedm_kit.metrics."
+"Laws and oracles of sedm_kit.metrics, sedm_kit.resampling and sedm_kit.two_samples."
 import json
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedm_kit.metrics import (Difference, Estimate, FeatureStats, fd, fd_blocks, fd_with_error, frechet_distance, match_moments, moment_map,
-                              paired_difference, real_floor, shape_sliced_wasserstein, symmetric_root)
+from sedm_kit.metrics import (Difference, Estimate, FeatureStats, Moments, covariance_factor, fd, fd_blocks, fd_of_rows, fd_with_error, frechet_distance, match_moments,
+                              moment_map, paired_difference, real_floor, shape_sliced_wasserstein, symmetric_root)
+from sedm_kit.resampling import bootstrap_fds, check_sizes, fd_change, fd_infinity, fd_score, influence
+from sedm_kit.two_samples import c2st, kid, neighbours
 
 
 def normal(n, d, seed=0, scale=1.0, shift=0.0):
@@ -121,7 +125,13 @@ def test_symmetric_root_and_given_root():
     root = symmetric_root(a)
     torch.testing.assert_close(root @ root, a)
     torch.testing.assert_close(root, root.T)
-    assert frechet_distance(np.zeros(7), a, np.ones(7), b, root1=root) == frechet_distance(np.zeros(7), a, np.ones(7), b)
+    assert frechet_distance(np.zeros(7), a, np.ones(7), b, root1=root) == pytest.approx(frechet_distance(np.zeros(7), a, np.ones(7), b), rel=1e-12)
+    factor, flat = covariance_factor(a), torch.from_numpy(covariance(7, 2, rank=3))
+    torch.testing.assert_close(factor @ factor.T, a)
+    narrow = covariance_factor(flat - 1e-15 * torch.eye(7))  # not even semi-definite
+    assert factor[0, 1] == 0 and narrow.shape == (7, 3)
+    torch.testing.assert_close(narrow @ narrow.T, flat)
+    assert frechet_distance(np.zeros(7), np.zeros((7, 7)), np.zeros(7), b) == pytest.approx(np.trace(b))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -134,6 +144,55 @@ def test_symmetric_root_and_given_root():
 def test_frechet_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(*arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 12), m=st.integers(2, 12), d=st.integers(1, 12), seed=st.integers(0, 999))
+def test_the_form_without_covariances_is_the_same_distance(n, m, d, seed):
+    x, y = normal(n, d, seed, shift=1.0), normal(m, d, seed + 1, scale=2.0)
+    assert fd_of_rows(x, y) == pytest.approx(fd(FeatureStats.of(x), FeatureStats.of(y)), rel=1e-6, abs=1e-6)
+    assert fd_of_rows(x, y) == pytest.approx(fd_of_rows(y, x), rel=1e-9, abs=1e-9)
+    assert fd_of_rows(x, FeatureStats.of(y)) == pytest.approx(fd_of_rows(x, y), rel=1e-6, abs=1e-6)
+    assert fd_of_rows(x, x) == pytest.approx(0, abs=1e-12 * d * n)
+
+
+def test_few_rows_are_exact():
+    x, y = normal(6, 300), normal(5, 300, 1)
+    nuclear = np.linalg.svd((x - x.mean(0)).numpy() @ (y - y.mean(0)).numpy().T, compute_uv=False).sum() / 20**0.5
+    exact = float((x.mean(0) - y.mean(0)).square().sum() + x.var(0).sum() + y.var(0).sum()) - 2 * nuclear
+    assert fd_of_rows(x, y) == pytest.approx(exact, rel=1e-13)
+    with pytest.raises(ValueError, match="at least 2 rows and equal dimensions, got 6 rows of 300 and 5 of 299"):
+        fd_of_rows(x, y[:, 1:])
+
+
+def test_given_moments_are_checked_and_used():
+    exact = Moments([0.0, 0.0], np.eye(2), n=7, variant="two")
+    assert exact.mean.dtype == exact.cov.dtype == torch.float64 and exact.dim == 2
+    rows = normal(50, 2)
+    assert fd_blocks([rows], exact)[0] == pytest.approx(fd(FeatureStats.of(rows), exact))
+    with pytest.raises(ValueError, match="not symmetric"):
+        Moments([0.0, 0.0], [[1.0, 2.0], [0.0, 1.0]])
+
+
+def test_faster_than_sqrtm_and_the_same_at_256_dimensions():
+    rng = np.random.default_rng(0)
+    for rank in (512, 100):
+        a, b = (covariance(256, seed, rank) for seed in (1, 2))
+        mu1, mu2 = rng.normal(size=(2, 256))
+        started = time.perf_counter()
+        value = frechet_distance(mu1, a, mu2, b)
+        ours = time.perf_counter() - started
+        started = time.perf_counter()
+        root = scipy.linalg.sqrtm(a @ b)
+        theirs = time.perf_counter() - started
+        assert isinstance(value, float)
+        if rank == 512:
+            assert value == pytest.approx(np.sum((mu1 - mu2) ** 2) + np.trace(a) + np.trace(b) - 2 * np.trace(root).real, rel=1e-8)
+            assert ours < theirs  # the factor is measured at 2048 dimensions by bench/bench.py
+        else:  # a = G G', b = H H': the cross term is the nuclear norm of H'G; scipy's root is complex and 1e-8 off
+            halves = [np.random.default_rng(seed).normal(size=(256, rank)) for seed in (1, 2)]
+            exact = np.sum((mu1 - mu2) ** 2) + np.trace(a) + np.trace(b) - 2 * np.linalg.svd(halves[0].T @ halves[1], compute_uv=False).sum() / rank
+            assert value == pytest.approx(exact, rel=1e-10) and np.iscomplexobj(root)
 
 
 # ---- error bars
@@ -173,8 +232,7 @@ def test_unequal_blocks_and_single_blocks_are_refused():
 
 def test_intervals_cover_the_truth_at_the_nominal_rate():
     repeats, blocks, n, d = 600, 5, 100, 3
-    reference = FeatureStats()
-    reference.n, reference._mean, reference._scatter = 10**9, torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64) * (10**9 - 1)
+    reference = Moments(torch.zeros(d), torch.eye(d))
     values = fd_blocks(normal(repeats * blocks * n, d, 5, scale=1.1).view(-1, n, d), reference).reshape(repeats, blocks)
     truth = values.mean()  # of FD at this n; its own error is 55 times smaller than an interval's
     covered = np.mean([abs(found.mean - truth) < found.ci for found in map(Estimate, values)])
@@ -297,3 +355,211 @@ def test_shape_measure_against_scipy_and_with_unequal_sizes():
     assert abs(shape_sliced_wasserstein(a, b[:150]) - expected) < 0.15
     with pytest.raises(ValueError, match="equal dimensions"):
         shape_sliced_wasserstein(a, normal(10, 2))
+
+
+# ---- errors from single images
+
+def pair_of_samplers(n, seed, d=4):
+    "Two samplers with common seeds that share most of their luck, and the true difference of their FDs to N(0, 1)."
+    z, other = normal(n, d, seed), normal(n, d, seed + 500_000)
+    covariances = [torch.eye(d, dtype=torch.float64) * (scale**2 + 0.1**2) for scale in (1.3, 1.25)]
+    exact = Moments(torch.zeros(d), torch.eye(d))
+    truth = fd(Moments(torch.zeros(d), covariances[0]), exact) - fd(Moments(torch.zeros(d), covariances[1]), exact)
+    return 1.3 * z + 0.1 * other, 1.25 * z + 0.1 * other.flip(0), exact, truth
+
+
+def test_influence_is_the_derivative_with_respect_to_weights():
+    rows, reference = normal(60, 4, 0, scale=1.5, shift=0.3), FeatureStats.of(normal(80, 4, 1))
+    found, own, h = influence(rows, reference), FeatureStats.of(rows), 1e-6
+    assert float(found.mean()) == pytest.approx(0, abs=1e-12)
+    rates = []
+    for row in rows:
+        step = row - own.mean
+        heavier = Moments(own.mean + h * step, (1 - h) * own.cov + h * (1 - h) * torch.outer(step, step))
+        rates.append((fd(heavier, reference) - fd(own, reference)) / h)
+    rates = torch.tensor(rates, dtype=torch.float64)
+    torch.testing.assert_close(found, rates - rates.mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_influence_with_fewer_rows_than_dimensions_is_the_same():
+    rows, other = normal(12, 5, 0) @ torch.from_numpy(np.eye(5, 30)), normal(20, 30, 1)
+    wide, narrow = influence(rows, other), influence(rows[:, :5], other[:, :5])
+    shift = 2 * rows[:, :5] @ (other[:, :5].mean(0) - rows[:, :5].mean(0))  # the five dimensions see the same means
+    torch.testing.assert_close(wide + shift - shift.mean(), narrow + shift - shift.mean(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(wide, influence(rows, FeatureStats.of(other)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["bootstrap", "influence"])
+def test_paired_intervals_cover_the_true_difference_at_their_nominal_rate(method):
+    repeats, hits, unpaired, resolved = 400, 0, [], []
+    for k in range(repeats):
+        a, b, exact, truth = pair_of_samplers(200, k)
+        change = fd_change(a, b, exact, method, **(dict(draws=60, seed=k) if method == "bootstrap" else {}))
+        hits += abs(change.value - truth) < 1.96 * change.error
+        unpaired.append(change.unpaired_error)
+        resolved.append(change.error)
+    # 3 standard deviations of the simulation are .033; 60 draws know a standard deviation to 9 %, which costs .005
+    assert abs(hits / repeats - 0.95) < 0.035
+    assert np.mean(unpaired) > 5 * np.mean(resolved)
+
+
+def test_single_scores_cover_the_truth_with_a_fixed_and_with_a_sampled_reference():
+    exact, repeats, hits = Moments(torch.zeros(3), torch.eye(3)), 300, np.zeros(2)
+    truth = 3 * 0.5**2 + 0.4**2 * 3  # standard deviation 1.5 and mean 0.4 in each of three directions
+    for k in range(repeats):
+        rows, real = normal(300, 3, k, scale=1.5, shift=0.4), normal(300, 3, 10_000 + k)
+        for j, reference in enumerate((exact, real)):
+            score = fd_score(rows, reference)
+            hits[j] += abs(score.value - truth) < 1.96 * score.error
+    assert np.all(abs(hits / repeats - 0.95) < 0.04), hits / repeats
+
+
+def test_extrapolation_takes_the_bias_away_and_covers_the_truth():
+    exact, truth, found, plain = Moments(torch.zeros(4), torch.eye(4)), 4 * 0.2**2, [], []
+    for k in range(150):
+        blocks = normal(5 * 200, 4, k, scale=1.2).view(5, 200, 4)
+        found.append(fd_infinity(blocks, exact))
+        plain.append(fd_with_error(blocks, exact))
+    covered = np.mean([abs(one.mean - truth) < one.ci for one in found])
+    assert abs(covered - 0.95) < 0.055
+    error = np.std([one.mean for one in found]) / 150**0.5
+    assert abs(np.mean([one.mean for one in found]) - truth) < 3 * error
+    assert np.mean([one.mean for one in plain]) - truth > 10 * error  # the bias that was taken away
+
+
+def test_bootstrap_draws_groups_together_and_shares_draws():
+    rows, exact = normal(30, 2), Moments(torch.zeros(2), torch.eye(2))
+    both = bootstrap_fds([rows, rows], exact, draws=7)
+    assert both.shape == (2, 7) and torch.equal(both[0], both[1])
+    whole = bootstrap_fds([rows], exact, draws=5, group=30)
+    torch.testing.assert_close(whole[0], torch.full((5,), fd(FeatureStats.of(rows), exact), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    counted = FeatureStats.of(rows[torch.tensor([0, 0, 3, *range(27)])])
+    picks = torch.zeros(1, 30, dtype=torch.float64).index_add_(1, torch.tensor([0, 0, 3, *range(27)]), torch.ones(1, 30, dtype=torch.float64))
+    from sedm_kit.resampling import _redrawn
+    torch.testing.assert_close(_redrawn(rows, picks, exact, torch.eye(2, dtype=torch.float64)), torch.tensor([fd(counted, exact)], dtype=torch.float64))
+    with pytest.raises(ValueError, match="a group that divides n and draws >= 2"):
+        bootstrap_fds([rows], exact, group=7)
+
+
+def test_changes_and_scores_print_and_serialise():
+    a, b, exact, _ = pair_of_samplers(100, 0)
+    change, score = fd_change(a, b, exact, "influence"), fd_score(a, exact, variant="normals", seeds="0 to 99")
+    assert json.loads(json.dumps(change.as_dict()))["n"] == 100 and "paired by influence; unpaired" in repr(change)
+    assert change.resolution == change.value / change.error and fd_change(a, a, exact).resolution == 0
+    assert json.loads(json.dumps(score.as_dict()))["variant"] == "normals"
+    assert repr(score).startswith("FD 0.") and "(100 images against a fixed reference; normals; seeds 0 to 99)" in repr(score)
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match=r"20 images against 30.*take 20 of both \(n=20\), or allow it \(unequal=True, --unequal\)"):
+        fd_score(normal(20, 3), normal(30, 3))
+    assert fd_score(normal(20, 3), normal(30, 3), unequal=True).n_reference == 30
+    with pytest.warns(UserWarning, match="5 images for 8 feature dimensions.*more than 8 images, fewer dimensions, or the unbiased KID"):
+        few = fd_score(normal(5, 8), normal(5, 8, 1))
+    assert np.isfinite(few.error) and few.value == pytest.approx(fd_of_rows(normal(5, 8), normal(5, 8, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_sizes(9, 9, 8)
+    with pytest.raises(ValueError, match="3 feature dimensions, the reference 2"):
+        fd_score(normal(20, 3), Moments([0.0, 0.0], np.eye(2)))
+    with pytest.raises(ValueError, match="unknown method 'delta'"):
+        fd_change(normal(9, 2), normal(9, 2, 1), Moments([0.0, 0.0], np.eye(2)), "delta")
+    with pytest.raises(ValueError, match="9 images cannot be divided into 8 parts|blocks of 9 images cannot"):
+        fd_infinity([normal(9, 2), normal(9, 2, 1)], Moments([0.0, 0.0], np.eye(2)), parts=(1, 8))
+    with pytest.raises(ValueError, match="at least 2 blocks of one shape"):
+        fd_infinity([normal(9, 2)], Moments([0.0, 0.0], np.eye(2)))
+
+
+# ---- beyond two moments
+
+def cubic(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(3, 9), m=st.integers(3, 9), d=st.integers(1, 4), seed=st.integers(0, 999))
+def test_kernel_distance_and_its_jackknife_are_those_of_the_definition(n, m, d, seed):
+    x, y = normal(n, d, seed), normal(m, d, seed + 1, shift=0.5)
+
+    def direct(x, y):
+        off = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (cubic(x, x), cubic(y, y))]
+        return float(sum(off) - 2 * cubic(x, y).mean())
+
+    def jackknife(values):
+        return (len(values) - 1) * np.var(values)
+    keep = lambda rows, k: torch.cat([rows[:k], rows[k + 1:]])
+    found = kid(x, y, seeds="0")
+    assert found.value == pytest.approx(direct(x, y), rel=1e-9, abs=1e-9) and found.measure == "KID" and found.n_reference == m
+    variance = jackknife([direct(keep(x, k), y) for k in range(n)]) + jackknife([direct(x, keep(y, k)) for k in range(m)])
+    assert found.error == pytest.approx(variance**0.5, rel=1e-6, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_its_interval_covers():
+    def mean_kernel(m1, s1, m2, s2):  # E (x y + 1)^3 for independent normals
+        first, second, third = (lambda m, s: m), (lambda m, s: m * m + s * s), (lambda m, s: m**3 + 3 * m * s * s)
+        return third(m1, s1) * third(m2, s2) + 3 * second(m1, s1) * second(m2, s2) + 3 * first(m1, s1) * first(m2, s2) + 1
+    truth = mean_kernel(0.3, 0.6, 0.3, 0.6) + mean_kernel(0, 0.5, 0, 0.5) - 2 * mean_kernel(0.3, 0.6, 0, 0.5)
+    found = [kid(normal(200, 1, k, scale=0.6, shift=0.3), normal(250, 1, 5000 + k, scale=0.5)) for k in range(400)]
+    covered = np.mean([abs(one.value - truth) < 1.96 * one.error for one in found])
+    assert abs(np.mean([one.value for one in found]) - truth) < 3 * np.std([one.value for one in found]) / 20
+    assert abs(covered - 0.95) < 0.035
+    null = [kid(normal(100, 2, k), normal(100, 2, 9000 + k)) for k in range(200)]
+    assert abs(np.mean([one.value for one in null])) < 3 * np.std([one.value for one in null]) / 200**0.5  # unbiased at zero too
+    assert np.mean([abs(one.value) < 1.96 * one.error for one in null]) > 0.93  # conservative there
+
+
+def test_a_collapsed_and_a_noisy_sampler_tell_precision_from_recall():
+    real, fresh = normal(300, 4, 0), normal(300, 4, 1)
+    collapsed, noisy = fresh[:1].repeat(300, 1) * 0 + 0.01 * normal(300, 4, 2), fresh * 4
+    one, two, floor = (neighbours(rows, real) for rows in (collapsed, noisy, fresh))
+    assert one.precision > 0.99 and one.recall < 0.1 and one.coverage < 0.5
+    assert two.recall > 0.95 and two.precision < 0.5
+    assert floor.precision > 0.85 and floor.recall > 0.85 and floor.coverage > 0.85 and abs(floor.density - 1) < 0.25
+    swapped = neighbours(real, collapsed)
+    assert (swapped.precision, swapped.recall) == (one.recall, one.precision)
+
+
+def test_neighbours_against_all_distances_written_out(monkeypatch):
+    x, y, k = normal(40, 3, 0), normal(40, 3, 1), 2
+    within = lambda rows: np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), 1)[:, k]
+    across = np.linalg.norm(x.numpy()[:, None] - y.numpy()[None], axis=2)
+    inside, recalled = across <= within(y.numpy()), across <= within(x.numpy())[:, None]
+    expected = (inside.any(1).mean(), recalled.any(0).mean(), inside.sum() / (40 * k), inside.any(0).mean())
+    np.testing.assert_allclose(neighbours(x, y, k), expected, rtol=1e-12)
+    import sedm_kit.two_samples as module
+    cut = module._distances
+    monkeypatch.setattr(module, "_distances", lambda rows, others: cut(rows, others, chunk=200))
+    np.testing.assert_allclose(neighbours(x, y, k), expected, rtol=1e-12)  # chunks change nothing
+
+
+def test_identical_copies_lie_in_each_others_balls():
+    copies = torch.ones(20, 50, dtype=torch.float64) * 0.1
+    assert neighbours(copies, copies) == (1.0, 1.0, 20 / 3, 1.0)
+
+
+def test_neighbours_errors():
+    with pytest.raises(ValueError, match=r"20 generated against 30 real images.*take 20 of both, or allow it \(unequal=True, --unequal\)"):
+        neighbours(normal(20, 2), normal(30, 2))
+    assert neighbours(normal(20, 2), normal(30, 2), unequal=True).precision > 0.5
+    for arguments in ((normal(20, 2), normal(20, 3)), (normal(3, 2), normal(3, 2), 3)):
+        with pytest.raises(ValueError, match="equal dimensions and 1 <= k < their sizes"):
+            neighbours(*arguments)
+    with pytest.raises(ValueError, match="at least 3 rows and equal dimensions"):
+        kid(normal(2, 2), normal(9, 2))
+    for measure in (kid, neighbours, c2st):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            measure(torch.full((20, 2), float("nan")), normal(20, 2))
+
+
+def test_a_classifier_finds_what_moments_hide_and_nothing_where_there_is_nothing():
+    real, ring = normal(500, 3, 0), torch.nn.functional.normalize(normal(500, 3, 1), dim=1)
+    moved = match_moments(ring, FeatureStats.of(real))
+    assert fd_of_rows(moved, real) < 1e-6
+    found = c2st(moved, real)
+    assert found.mean > 0.7 and found.mean - 0.5 > 5 * found.error and found.n_blocks == 5 and found.block_size == 100
+    assert c2st(moved, real).values == found.values  # the same seed, the same halves
+    null = [c2st(normal(150, 3, 2 * k), normal(150, 3, 2 * k + 1)) for k in range(40)]
+    assert abs(np.mean([one.mean for one in null]) - 0.5) < 3 * np.std([one.mean for one in null]) / 40**0.5
+    assert np.mean([abs(one.mean - 0.5) < one.ci for one in null]) > 0.85
+    with pytest.raises(ValueError, match="as many images of each"):
+        c2st(normal(50, 3), normal(51, 3))

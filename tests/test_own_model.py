@@ -26,8 +26,8 @@ SONG = dict(model_type="SongUNet", model_channels=8, channel_mult=[1, 2], num_bl
 HALF = dict(classifier_width=64, classifier_depth=1, classifier_attention_resolutions="8")
 ADM = dict(image_size=8, model_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2], num_head_channels=32,
            use_new_attention_order=True, resblock_updown=True)
-TINY = dict(solvers=("euler",), steps=3, images=8, blocks=2, micro_batch=8, split_images=4)
-WORDS = "--solver euler --steps 3 --images 8 --blocks 2 --micro-batch 8 --split-images 4".split()
+TINY = dict(solvers=("euler",), steps=3, images=8, blocks=2, micro_batch=8, split_images=4, diagnostics=0)
+WORDS = "--solver euler --steps 3 --images 8 --blocks 2 --micro-batch 8 --split-images 4 --diagnostics 0".split()
 
 
 def random_weights(model, seed=0):
@@ -78,6 +78,13 @@ def by_sampler(results):
 
 
 # ---- what works
+
+@pytest.mark.parametrize("model, data, left_out", [("classes.pkl", "labelled.zip", set()), ("edm.pkl", "folder", set()), ("large.pkl", "cifar.tar.gz", {"principal axes", "ideal denoiser"})])
+def test_diagnostics_of_ones_own_model(home, model, data, left_out):
+    found = study(plan(home, model, data, diagnostics=8), progress=False)["diagnostics"]
+    assert not found["failed"] and left_out <= set(found["skipped"]) and set(found["skipped"]) <= left_out | {"three phases", "normality, one step, held-out images"}
+    assert set(found["norms"]["euler"]["arms"]) == {"plain", "ES"} and found["sizes"]["images"] == 8
+
 
 def test_a_pickle_and_an_npz(home):
     results = study(plan(home), progress=False)

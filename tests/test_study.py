@@ -1,4 +1,5 @@
 """The study, its report and the `sedm` command."""
+import html
 import json
 import os
 import re
@@ -20,12 +21,12 @@ from sedm_kit.study import Arm, Plan, arms, mark_resolved, moment_control, run_a
 from sedm_kit.tuning import grid, lowest, parabola_minimum, world_stats
 from sedm_kit.worlds import load_world
 
-SMALL = dict(images=80, blocks=2, steps=6, micro_batch=40)
+SMALL = dict(images=80, blocks=2, steps=6, micro_batch=40, diagnostics=0)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return study(Plan(**SMALL), progress=False)
+    return study(Plan(**SMALL | {"diagnostics": 40}), progress=False)
 
 
 def test_table_holds_every_sampler_of_every_solver(results):
@@ -80,9 +81,44 @@ def test_files_are_complete_and_strict(results, tmp_path):
     assert stored["plan"]["images"] == 80 and stored["environment"]["torch"] and len(stored["table"]) == 10
     text = page.read_text()
     pictures = [p.name for p in page.parent.glob("*.png")]
-    assert len(pictures) == text.count("<figure") >= 8
-    assert not re.search(r'(?:src|href)="(?!data:|#)', text), "the page must not need any other file"
-    assert all(f'alt="{""}"' not in tag for tag in re.findall(r"<img[^>]*>", text))
+    second = (page.parent / "diagnostics.html").read_text()
+    assert text.count("<figure") >= 8 and second.count("<figure") >= 10 and len(pictures) == text.count("<figure") + second.count("<figure")
+    for one, other in ((text, "diagnostics.html"), (second, "report.html")):
+        assert re.findall(r'(?:src|href)="((?!data:|#)[^"]*)"', one) == [other], "the pages must not need any other file than each other"
+        assert all(re.search('alt="[^"]', tag) for tag in re.findall(r"<img[^>]*>", one)) and "url(" not in one and "@import" not in one
+
+
+def test_the_diagnostics_page_says_what_was_measured(results, tmp_path):
+    found = results["diagnostics"]
+    assert found["sizes"]["seeds"] == [3_000_000, 3_000_039] and not found["failed"] and found["norms"]["euler"]["n"] == 160  # norms: the study's own runs
+    for name, stages in results["curves"]["heun"].items():
+        torch.testing.assert_close(found["norms"]["heun"]["arms"][name][1]["ratio"], stages[1]["norm"]["ratio"], rtol=0, atol=0)
+    page = report.write_report(results, tmp_path)
+    text, stored = (tmp_path / "diagnostics.html").read_text(), json.loads((tmp_path / "results.json").read_text())["diagnostics"]
+    assert page.name == "report.html" and len(stored["findings"]) > 10 and stored["failed"] == {}
+    assert all(html.escape(said["evidence"]) in text and html.escape(said["claim"]) in text for said in stored["findings"])
+
+
+def test_a_failed_diagnostic_is_visible_and_loses_nothing(results, tmp_path, monkeypatch):
+    def failing(*args, **settings):
+        raise RuntimeError("no memory for this")
+    monkeypatch.setattr("sedm_kit.checkup.delta_t", failing)
+    found = study(Plan(**SMALL | {"diagnostics": 8, "solvers": ("euler",), "split_images": 10}), progress=False)
+    assert "no memory for this" in found["diagnostics"]["failed"]["delta"] and len(found["table"]) == 5
+    monkeypatch.setattr(report, "diagnostic_figures", failing)
+    report.write_report(found, tmp_path)
+    text, stored = (tmp_path / "diagnostics.html").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert text.count("no memory for this") == 2 and set(stored["diagnostics"]["failed"]) == {"delta", "figures"} and len(stored["table"]) == 5 and (tmp_path / "report.html").exists()
+
+
+def test_a_study_without_diagnostics_has_one_page(results, tmp_path):
+    report.write_report(results, tmp_path)
+    report.write_report({key: value for key, value in results.items() if key != "diagnostics"}, tmp_path)
+    assert not list(tmp_path.glob("diagnostics*")) and "diagnostics.html" not in (tmp_path / "report.html").read_text()
+    assert Plan(diagnostics=0).diagnostics == 0
+    for wrong in (-1, 7, 2.5):
+        with pytest.raises(ValueError, match="diagnostics must be"):
+            Plan(diagnostics=wrong)
 
 
 def test_report_follows_the_numbers(results):
@@ -107,7 +143,7 @@ def test_holms_rule_against_a_textbook_example():
     assert entries[1]["resolved"] == {"fd_pixel": True, "fd_feature": False, "shape": False}
 
 
-@pytest.mark.parametrize("first, message", [(2_000_000, "were chosen on seeds 2000000"), (999_000, "trained on samples of seeds 1000000")])
+@pytest.mark.parametrize("first, message", [(2_000_000, "were chosen on seeds 2000000"), (999_000, "trained on samples of seeds 1000000"), (2_999_900, "diagnostics sample seeds 3000000")])
 def test_seeds_that_were_used_before_are_refused(first, message):
     with pytest.raises(ValueError, match=message):
         study(Plan(first_seed=first, images=1000, blocks=5), progress=False)
@@ -122,7 +158,8 @@ def test_the_drift_split_has_error_bars(results):
 def test_figures_of_an_earlier_study_go_away(results, tmp_path):
     report.write_report(results, tmp_path)
     (tmp_path / "mine.png").write_bytes(b"not ours")
-    only = {**results, "plan": {**results["plan"], "solvers": ("euler",)}, **{key: [row for row in results[key] if row["solver"] == "euler"] for key in ("table", "differences", "split")}}
+    assert list(tmp_path.glob("diagnostics-norms-heun.png"))
+    only = {**{key: value for key, value in results.items() if key != "diagnostics"}, "plan": {**results["plan"], "solvers": ("euler",)}, **{key: [row for row in results[key] if row["solver"] == "euler"] for key in ("table", "differences", "split")}}
     report.write_report(only, tmp_path)
     assert not list(tmp_path.glob("*heun*")) and (tmp_path / "mine.png").exists()
 
@@ -137,7 +174,7 @@ def test_a_failing_write_leaves_nothing_half_written(results, tmp_path, monkeypa
         real(source, target)
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="No space"):
-        report.write_report(results, tmp_path)
+        report.write_report({key: value for key, value in results.items() if key != "diagnostics"}, tmp_path)
     assert all(p.stat().st_size for p in tmp_path.iterdir()) and not list(tmp_path.glob(".*")) and not (tmp_path / "report.html").exists()
 
 
@@ -176,7 +213,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         command.main(["study", "--help"])
     text = capsys.readouterr().out
-    for option in ("--world", "--solver", "--steps", "--images", "--lambda", "--w-dg", "--device", "--out", "--blocks", "--seed"):
+    for option in ("--world", "--solver", "--steps", "--images", "--lambda", "--w-dg", "--device", "--out", "--blocks", "--seed", "--diagnostics"):
         assert re.search(rf"{option} .*", text), option
     assert "_" not in re.sub(r"sedm_study", "", text)
 

@@ -1,0 +1,233 @@
+"Streams, files and comparisons of features."
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sedm_kit.command import main
+from sedm_kit.features import (FeatureMap, compare, extract, feature_map, feature_stats, fingerprint, holds_moments, read_moments, seed_blocks,
+                               write_moments)
+from sedm_kit.images import open_images, write_edm_zip, write_folder, write_npz
+from sedm_kit.metrics import FeatureStats, Moments, fd
+
+
+def pictures(n, seed=0, size=4):
+    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (n, 1, size, size))).float()
+
+
+def linear(seed=0, size=16, width=3):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(size, width)).requires_grad_(False)
+
+
+def test_any_function_or_network_is_a_feature_map():
+    def brightness(images):
+        return images.mean((2, 3))
+    assert feature_map(brightness).name == "brightness" and feature_map(linear()).name == "Sequential"
+    rows = extract(pictures(10), brightness, batch=3)
+    torch.testing.assert_close(rows, pictures(10).mean((2, 3)))
+    raw = FeatureMap("bytes", lambda images: images.flatten(1).float(), raw=True)
+    assert extract((pictures(5) * 127 + 128).to(torch.uint8), raw).max() > 2
+    torch.testing.assert_close(feature_stats(pictures(50), linear(), batch=7).cov, FeatureStats.of(linear()(pictures(50))).cov, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("function, message", [
+    (lambda images: images, r"must be \(6, f\) for 6 images, got \(6, 1, 4, 4\)"),
+    (lambda images: images[:2].flatten(1), r"got \(2, 16\)"),
+    (lambda images: "no", "got str"),
+    (lambda images: images.flatten(1) / 0, "NaN or infinite for 6 of 6 images; check the network"),
+])
+def test_features_that_are_none(function, message):
+    with pytest.raises(ValueError, match=message):
+        extract(pictures(6), FeatureMap("odd", function))
+    with pytest.raises(ValueError, match="known: pixels, digits, patches"):
+        extract(pictures(6), "dino")
+
+
+def test_fingerprints_see_every_weight_and_the_class():
+    network = linear()
+    before = fingerprint(network)
+    assert before == fingerprint(linear()) != fingerprint(linear(1))
+    with torch.no_grad():
+        network[1].bias[0] += 1e-6
+    assert fingerprint(network) != before
+
+
+def test_kept_features_are_found_again_and_only_for_the_same_images_and_network(tmp_path):
+    calls = []
+
+    class Counting(torch.nn.Linear):
+        def forward(self, images):
+            calls.append(len(images))
+            return super().forward(images.flatten(1))
+    torch.manual_seed(0)
+    network = Counting(16, 2).requires_grad_(False)
+    first = extract(pictures(9), network, folder=tmp_path / "new")
+    assert torch.equal(extract(pictures(9), network, folder=tmp_path / "new"), first) and calls == [9]
+    extract(pictures(9, 1), network, folder=tmp_path / "new")
+    with torch.no_grad():
+        network.weight += 1
+    assert not torch.equal(extract(pictures(9), network, folder=tmp_path / "new"), first)
+    assert calls == [9, 9, 9] and len(list((tmp_path / "new").iterdir())) == 3
+    with pytest.raises(ValueError, match="give it a key="):
+        extract(pictures(9), lambda images: images.flatten(1), folder=tmp_path)
+
+
+def test_a_stale_or_broken_file_is_refused(tmp_path):
+    extract(pictures(9), linear(), folder=tmp_path)
+    extract(pictures(9, 1), linear(), folder=tmp_path)
+    one, two = tmp_path.iterdir()
+    one.write_bytes(two.read_bytes())
+    one_set, other_set = (0, 1)
+    refused = 0
+    for seed in (one_set, other_set):
+        try:
+            extract(pictures(9, seed), linear(), folder=tmp_path)
+        except ValueError as error:
+            refused += "of other images or of another network" in str(error) and "delete it" in str(error)
+    assert refused == 1
+    two.write_bytes(two.read_bytes()[:20])
+    one.write_bytes(b"")
+    for seed in (0, 1):
+        with pytest.raises(ValueError, match="no complete file of features"):
+            extract(pictures(9, seed), linear(), folder=tmp_path)
+    save_file({"features": torch.zeros(9, 3)}, one)
+    save_file({"features": torch.zeros(9, 3)}, two)
+    with pytest.raises(ValueError, match="delete it to compute them again"):
+        extract(pictures(9), linear(), folder=tmp_path)
+
+
+def test_nothing_half_written_is_left_behind(tmp_path):
+    def fails(images):
+        raise RuntimeError("out of memory")
+    with pytest.raises(ValueError, match=r"'fails' fail on torch.float32 images of shape \(1, 4, 4\): out of memory"):
+        extract(pictures(9), FeatureMap("fails", fails, key="1"), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- reference statistics
+
+def test_moments_go_to_a_file_and_back(tmp_path):
+    stats = FeatureStats.of(pictures(30))
+    write_moments(tmp_path / "a.npz", stats, "pixels", spatial=FeatureStats.of(pictures(30)[:, :, :2]))
+    read = read_moments(tmp_path / "a.npz")
+    assert torch.equal(read.mean, stats.mean) and torch.equal(read.cov, stats.cov) and (read.n, read.variant) == (30, "pixels")
+    assert read_moments(tmp_path / "a.npz", spatial=True).dim == 8
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert (read_moments(tmp_path / "edm.npz").n, read_moments(tmp_path / "edm.npz").variant) == (None, "")
+    assert holds_moments(tmp_path / "edm.npz") and not holds_moments(tmp_path) and not holds_moments(tmp_path / "none")
+
+
+@pytest.mark.parametrize("arrays, message", [
+    (dict(mu=np.zeros(3)), "holds mu, but not mu and sigma|but not sigma"),
+    (dict(mu=np.zeros(3), sigma=np.eye(2)), r"got \(3,\) and \(2, 2\)"),
+    (dict(mu=np.zeros(2), sigma=np.array([[1, np.nan], [np.nan, 1]])), "holds NaN"),
+    (dict(mu=np.array([None, None]), sigma=np.eye(2)), "no npz of reference statistics"),
+    (dict(mu=np.zeros(2, int), sigma=np.eye(2)), "not floats"),
+])
+def test_reference_files_that_are_none(tmp_path, arrays, message):
+    np.savez(tmp_path / "odd.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        read_moments(tmp_path / "odd.npz")
+
+
+def test_truncated_and_missing_references(tmp_path):
+    write_moments(tmp_path / "a.npz", FeatureStats.of(pictures(30)), "pixels")
+    content = (tmp_path / "a.npz").read_bytes()
+    for cut in (0, 10, len(content) // 2, len(content) - 30):
+        (tmp_path / "cut.npz").write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="cut.npz"):
+            read_moments(tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_moments(tmp_path / "nowhere.npz")
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(16), sigma=np.eye(16))
+    with pytest.raises(ValueError, match="but not mu_s and sigma_s"):
+        read_moments(tmp_path / "moments.npz", spatial=True)
+
+
+# ---- comparisons
+
+def test_the_same_images_in_a_folder_a_zip_and_an_npz_are_at_distance_zero(tmp_path):
+    images = (pictures(40) * 127 + 128).to(torch.uint8)
+    write_npz(tmp_path / "a.npz", images)
+    write_folder(tmp_path / "a", images)
+    score = compare(tmp_path / "a.npz", tmp_path / "a")
+    assert score.value == pytest.approx(0, abs=1e-9) and (score.n, score.n_reference, score.variant) == (40, 40, "pixels")
+
+
+def test_equal_numbers_are_enforced_and_n_chooses_as_edm_does():
+    a, b = pictures(60), pictures(50, 1)
+    with pytest.raises(ValueError, match=r"60 images against 50.*n=50 of both, or allow it \(unequal=True, --unequal\)"):
+        compare(a, b)
+    assert compare(a, b, unequal=True).n == 60
+    order = np.arange(60)
+    np.random.RandomState(3).shuffle(order)
+    expected = fd(FeatureStats.of(a[np.sort(order[:50])]), FeatureStats.of(b))
+    assert compare(a, b, n=50, seed=3).value == pytest.approx(expected)
+    with pytest.raises(ValueError, match="holds 50 images, cannot take n=55"):
+        compare(a, b, n=55)
+
+
+def test_what_cannot_be_compared(tmp_path):
+    with pytest.raises(ValueError, match=r"shape \(1, 5, 5\), expected \(1, 4, 4\)"):
+        compare(pictures(30), pictures(30, size=5))
+    with pytest.raises(ValueError, match="expected uint8 pixels, or floats"):
+        compare(pictures(30), np.zeros((30, 1, 4, 4), np.int64))
+    with pytest.raises(ValueError, match="the reference has 3 feature dimensions, 'pixels' has 16"):
+        compare(pictures(30), Moments(np.zeros(3), np.eye(3)))
+    with pytest.raises(ValueError, match="holds features 'Inception', the images would get 'pixels'"):
+        compare(pictures(30), Moments(np.zeros(16), np.eye(16), variant="Inception"))
+    with pytest.warns(UserWarning, match="10 images for 16 feature dimensions"):
+        compare(pictures(10), pictures(10, 1))
+
+
+def test_blocks_give_mean_error_and_minimum():
+    blocks, reference = {seed: pictures(40, seed) for seed in (0, 40, 80)}, FeatureStats.of(pictures(400, 7))
+    found = seed_blocks(blocks, reference, n=40)
+    values = [fd(FeatureStats.of(images), reference) for images in blocks.values()]
+    assert found.values == pytest.approx(values) and found.minimum == pytest.approx(min(values)) and found.mean > found.minimum
+    assert found.as_dict()["seeds"] == [0, 40, 80] and "minimum" in repr(found) and "seeds 0 to 39, 40 to 79, 80 to 119" in repr(found)
+    assert seed_blocks(blocks, pictures(400, 7), n=40).values == pytest.approx(values)
+    with pytest.raises(ValueError, match=r"do not overlap .*at least n=50 apart\), got \[0, 40, 80\]"):
+        seed_blocks(blocks, reference, n=50)
+    with pytest.raises(ValueError, match="the block of seed 40 has 39 images, expected n=40"):
+        seed_blocks(blocks | {40: pictures(39)}, reference, n=40)
+
+
+def test_sources_are_taken_as_they_are():
+    source = open_images(pictures(30)).subset(range(20))
+    assert compare(source, pictures(20, 1)).n == 20
+
+
+# ---- the command
+
+def test_the_command_prints_value_error_n_variant_and_seeds(tmp_path, capsys):
+    images = (pictures(60, size=8) * 127 + 128).to(torch.uint8)
+    write_npz(tmp_path / "a.npz", images[:40])
+    write_folder(tmp_path / "b", images[20:])
+    write_edm_zip(tmp_path / "c.zip", images[20:])
+    write_moments(tmp_path / "d.npz", FeatureStats.of(pictures(200, size=8)), "pixels")
+    for other in ("b", "c.zip", "d.npz"):
+        with pytest.warns(UserWarning, match="for 64 feature dimensions"):
+            assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / other), "--features", "pixels", "--seeds", "0-39"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1] != lines[2] and lines[0].startswith("FD ") and " ± " in lines[0]
+    assert "40 images against 40 images; pixels; seeds 0-39" in lines[0] and "against 200 images" in lines[2]
+    with pytest.warns(UserWarning):
+        assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "b"), "--features", "digits", "--n", "30", "--cache", str(tmp_path / "kept")]) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_commands_mistakes_cost_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SEDM_INCEPTION", raising=False)
+    write_npz(tmp_path / "a.npz", (pictures(30) * 127 + 128).to(torch.uint8))
+    write_npz(tmp_path / "b.npz", (pictures(20) * 127 + 128).to(torch.uint8))
+    write_npz(tmp_path / "c.npz", (torch.rand(30, 3, 4, 4) * 255).to(torch.uint8))
+    np.savez(tmp_path / "d.npz", mu=np.zeros(9), sigma=np.eye(9))
+    for words, message in [(["a.npz", "a.npz"], "--download"), (["a.npz", "b.npz", "--features", "pixels"], "--unequal"),
+                           (["a.npz", "c.npz", "--features", "pixels"], "expected (1, 4, 4)"), (["a.npz", "d.npz", "--features", "pixels"], "9 feature dimensions"),
+                           (["c.npz", "c.npz", "--features", "digits"], "fail on torch.float32 images"), (["a.npz", "e.npz", "--features", "pixels"], "no such file"),
+                           (["d.npz", "a.npz", "--features", "pixels"], "expected exactly one of")]:
+        assert main(["fid", *(str(tmp_path / word) if word.endswith("npz") else word for word in words)]) == 2
+        complaint = capsys.readouterr().err
+        assert message in complaint and complaint.count("\n") == 1, complaint
