@@ -50,14 +50,14 @@ def ridge_plot(
     ax: Axes | None = None,   # None: a new figure
 ) -> Axes:
     "Best lambda over the weight of guidance, with 95 % intervals."
-    ax = plt.subplots(figsize=(WIDTH, 3.2))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(WIDTH, 3.0 + 0.2 * len(ridges)))[1] if ax is None else ax
     for k, ((name, line), look) in enumerate(zip(ridges.items(), looks(list(ridges)).values())):
         inside = ~np.asarray(line["at_edge"])
         place, mean, half = (np.array(v)[inside] for v in (line["w"], [v.mean for v in line["lambda"]], [v.ci for v in line["lambda"]]))
         slope = f": {line['slope'].mean:+.4f} ± {line['slope'].ci:.4f} per unit" if line["slope"] else ""
         ax.errorbar(place + 0.02 * k, mean, half, capsize=3, label=name + slope, **look)
     ax.set(xlabel=LABELS["w"], ylabel="best λ")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 + (len(ridges) > 3), fontsize="small")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
     return ax
 
 # %% ../nbs/13_tuning_plots.ipynb #b3dc0272
