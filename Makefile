@@ -35,7 +35,7 @@ test: $(DEV) ## Gates, every notebook, then pytest
 lab: $(LAB) ## Open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) nbs
 
-bench: $(CORE) ## Measure the sampler's own cost against bare network calls
+bench: $(CORE) ## Measure what sampler, traces, tests, targets and distances cost, as ratios within one run
 	@$(PYTHON) bench/bench.py $(ARGS)
 
 worlds: $(DEV) ## Train the shipped worlds again, from the data to the files in sedm_kit/data (long)

@@ -123,8 +123,9 @@ from sedm_kit.sampler import sample_seeds
 from sedm_kit.study import peak_memory_mb
 from sedm_kit.worlds import load_world
 world = load_world("digits")
+trace = Trace()
 for first in range(0, {n}, 500):
-    sample_seeds(world.denoiser, range(first, first + 500), edm_sigmas(6), solver="euler", micro_batch=250, callback=Trace())
+    sample_seeds(world.denoiser, range(first, first + 500), edm_sigmas(6), solver="euler", micro_batch=250, callback=trace)
 print(peak_memory_mb())
 """
 
@@ -151,16 +152,26 @@ def pairwise_target(x, sigma, reference):
     return (log_weights.softmax(1) @ reference.flatten(1)).reshape(x.shape)
 
 
+TARGET_MEMORY = """
+import torch
+from sedm_kit.study import peak_memory_mb
+from sedm_kit.targets import stf_target
+reference = torch.rand({n}, 3, 32, 32) * 2 - 1
+x = reference[:{b}] + torch.randn({b}, 3, 32, 32)
+stf_target(x[:2], 1.0, reference[:16])
+before = peak_memory_mb()
+stf_target(x, 1.0, reference)
+print(peak_memory_mb() - before)
+"""  # a process of its own: the peak of this one was reached long before
+
+
 def stable_targets(repeats: int, quick: bool):
     "Time and extra memory of one target: 64 images of CIFAR size against 4096 (quick: 16 against 1024)."
     b, n = (16, 1024) if quick else (64, 4096)
     generator = torch.Generator().manual_seed(0)
     reference = torch.rand(n, 3, 32, 32, generator=generator) * 2 - 1
     x = reference[:b] + torch.randn(b, 3, 32, 32, generator=generator)
-    stf_target(x[:2], 1.0, reference[:16])
-    before = peak_memory_mb()
-    stf_target(x, 1.0, reference)
-    extra = peak_memory_mb() - before
+    extra = int(subprocess.run([sys.executable, "-c", TARGET_MEMORY.format(b=b, n=n)], capture_output=True, text=True, check=True).stdout)
     compare(f"stable target, {b} images against {n}, 3x32x32; extra memory {extra:.0f} MB against {b * n * 3072 * 4 / 1e6:.0f} MB of differences",
             {"stf_target": lambda: stf_target(x, 1.0, reference), "all differences, float32": lambda: pairwise_target(x, 1.0, reference)}, repeats)
 

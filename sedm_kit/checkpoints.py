@@ -29,13 +29,14 @@ from .adm_unets import HALF_MULTIPLIERS, ADMUNet, HalfUNet
 from .allowlist import Noted, short
 from .archives import Recorded, find_module, find_state_dict, read_file, read_module, read_state_dict
 from .networks import EDMPrecond, PatchFeatures, PatchLogRatio, VEPrecond, VPPrecond, iDDPMPrecond
+from .vision_transformer import ViTLogRatio
 
 # %% ../nbs/03_checkpoints.ipynb #3de01a11
 _all_ = ["as_denoiser", "as_eps_model", "from_diffusers", "from_k_diffusion", "to_k_diffusion"]  # made in 03_adapters, to be had from here
 
 # %% ../nbs/03_checkpoints.ipynb #34c5093e
 CLASSES = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, ADMUNet, HalfUNet, ADMDiscriminator,
-                                         PatchLogRatio, PatchFeatures)}
+                                         PatchLogRatio, ViTLogRatio, PatchFeatures)}
 
 # %% ../nbs/03_checkpoints.ipynb #f3c8b5f0
 def write_atomically(

@@ -22,7 +22,7 @@ from .analytic import ask
 from .ddpm import respaced_steps
 from .diagnostics import Trace, eps_norms, eps_ratio, variance_ratio
 from .noise import check_sigmas, ddpm_alphas_cumprod, sigma_from_alphas
-from .normality import draw_samples, normality, null_share, power, prediction_errors, qq_points
+from .normality import draw_samples, normality, null_share, power, prediction_errors, qq_points, shapiro_wilk
 from .sampler import sample_seeds
 from .targets import noise_phases, target_variance
 from .variance import BandVariance, RunningMoments, dct_basis, delta_t, principal_basis, step_variance
@@ -54,6 +54,10 @@ class Subject:
     def generator(self, k: int) -> torch.Generator:
         "A source of noise for the k-th diagnostic, so that each is the same whether or not the others run."
         return torch.Generator(self.world.train.device).manual_seed(self.seeds[0] + k)
+
+    def knows(self, level):
+        "Whether the denoiser supports noise levels: numbers or a tensor."
+        return (level >= float(getattr(self.world.denoiser, "sigma_min", 0.0))) & (level <= float(getattr(self.world.denoiser, "sigma_max", math.inf)))
 
     def real(self, part: str = "train", n: int | None = None) -> tuple:
         "Random real images (n,c,h,w) of a part, train or held_out, and their labels (None unless the denoiser asks for them)."
@@ -228,7 +232,7 @@ def delta_curves(
     world, abar, generator = subject.world, ddpm_alphas_cumprod("linear", T), subject.generator(2)
     kept = respaced_steps(T, steps)
     level = sigma_from_alphas(abar[kept])
-    kept = kept[(level >= float(getattr(world.denoiser, "sigma_min", 0.0))) & (level <= float(getattr(world.denoiser, "sigma_max", math.inf)))]
+    kept = kept[subject.knows(level)]
     mixture, (images, labels) = _mixture(subject), subject.real(n=2 * subject.images)
     cases = {"trained network": (bound(world.denoiser, labels, subject.micro_batch), images)}
     if mixture is not None:
@@ -243,28 +247,37 @@ KINDS = {"one step": ("train", LEVELS, {}), "one step, held-out images": ("held_
 ALTERNATIVES = {"Student's t with 5 degrees of freedom": stats.t(5), "Laplace": stats.laplace()}
 
 
+def _study_errors(found, W, chance):
+    "Standard errors of both shares and of the effect, with as many independent tests as the spread of simulated studies says."
+    a, tests = chance.mean(), float(found.tests)
+    worth = (a * (1 - a) / chance.var()).nan_to_num(tests, tests).clamp(1, max(tests, 1)).item()
+    share = lambda p: math.sqrt((p * worth + 1) * ((1 - p) * worth + 1) / worth) / (worth + 2)  # binomial; one of each kind added, so that 0 and 1 have an error too
+    low, high = torch.nanquantile(W, 0.5 + W.new_tensor([-0.5, 0.5]) / math.sqrt(worth)).tolist()  # of a median: quantiles one standard error of ranks away
+    return {"share_error": share(found.share), "share_fdr_error": share(found.share_fdr), "effect_error": (high - low) / 2}
+
+
 def normality_curves(
     subject: Subject,
     draws: int = 30,     # simulated studies of normal errors per level
-) -> dict:               # "kinds": name -> columns over sigma; "qq": sigma -> qq_points; "n", "alpha", "tests", "pixels", "band", "power"
+) -> dict:               # "kinds": name -> columns over sigma, "chance" and "chance_spread" of one study's share among them; "qq": sigma -> qq_points; "n", "alpha", "tests", "pixels", "band", "power"
     "Share of pixels with rejected normality per level, and what that means."
     world, generator = subject.world, subject.generator(3)
     d, sizes = world.train[0].numel(), {part: min(subject.images, len(getattr(world, part))) for part in ("train", "held_out")}
     n = min([subject.errors, *(size for size in sizes.values() if size >= LEAST)])  # one n for all kinds: the share rejected depends on it
     pixels = torch.randperm(d, generator=torch.Generator().manual_seed(subject.seeds[0]))[:TESTS].to(world.train.device)
-    within = lambda level: float(getattr(world.denoiser, "sigma_min", 0.0)) <= level <= float(getattr(world.denoiser, "sigma_max", math.inf))
     kinds, qq, band = {}, {}, None
     for kind, (part, levels, settings) in KINDS.items():
         if sizes[part] < LEAST:
             subject.skipped[f"normality, {kind}"] = f"{sizes[part]} images are too few, at least {LEAST} are needed"
             continue
         (images, labels), rows = subject.real(part), []
-        for level in filter(within, levels):
+        for level in filter(subject.knows, levels):
             errors = prediction_errors(world.denoiser, images, level, class_labels=labels, batch=subject.micro_batch, generator=generator, **settings).flatten(0, 2)[pixels]
-            found, chance = normality(draw_samples(errors, n, generator)), null_share(errors, n, draws=draws, generator=generator)
+            drawn = draw_samples(errors, n, generator)
+            found, chance = normality(drawn), null_share(errors, n, draws=draws, generator=generator)
             band = band or found.band
             rows.append({key: value for key, value in asdict(found).items() if key in ("share", "share_fdr", "effect", "W", "skewness", "kurtosis", "rms", "constant")}
-                        | {"sigma": level, "chance": chance.mean().item(), "chance_high": chance.quantile(0.95).item()})
+                        | {"sigma": level, "chance": chance.mean().item(), "chance_spread": chance.std().item()} | _study_errors(found, shapiro_wilk(drawn).W, chance))
             if kind == "one step" and level in (0.05, 0.5, 5.0):
                 qq[level] = qq_points(errors)
         kinds[kind] = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]} | {"n": n}
@@ -290,10 +303,10 @@ def error_curves(
     subject: Subject,
 ) -> dict:             # part -> as one_step_mse returns it, with "n"; "data_variance"
     "Mean squared error of one-step estimates on training and held-out images."
-    found = {}
+    found, levels = {}, subject.sigmas[:-1][subject.knows(subject.sigmas[:-1])]
     for name, part in (("training images", "train"), ("held-out images", "held_out")):
         images, labels = subject.real(part)
-        found[name] = one_step_mse(subject.world.denoiser, images.to(torch.float64), subject.sigmas[:-1], class_labels=labels, generator=subject.generator(5), batch=subject.micro_batch) | {"n": len(images)}
+        found[name] = one_step_mse(subject.world.denoiser, images.to(torch.float64), levels, class_labels=labels, generator=subject.generator(5), batch=subject.micro_batch) | {"n": len(images)}
     return {"parts": found, "data_variance": subject.world.train.to(torch.float64).var(0).mean().item()}
 
 # %% ../nbs/14_checkup.ipynb #5023ba5c

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trace', 'eps_norms', 'eps_ratio', 'variance_ratio', 'euler_variance_loss', 'linear_denoiser', 'gaussian_variance',
-           'neutral_lambda', 'drift_split', 'drift_profile', 'shapiro_wilk', 'target_variance', 'delta_t']
+           'neutral_value', 'neutral_lambda', 'drift_split', 'drift_profile', 'shapiro_wilk', 'target_variance',
+           'delta_t']
 
 # %% ../nbs/10_diagnostics.ipynb #8e6cc379
 import math
@@ -35,6 +36,7 @@ class Trace:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every!r}")
         self.center, self.full, self.every, self.sums, self.pixels, self.products = center, full, every, {}, {}, {}
+        self.common = {}  # key -> whether all images of a batch always shared one noise level
 
     def __call__(self, info: dict):
         "Add one evaluation of a micro-batch, as `sample` reports it."
@@ -53,6 +55,7 @@ class Trace:
         for name, row in zip(values, moments):
             sums[name] = sums.get(name, 0) + row  # a new tensor, not a view that keeps the others alive
         self.pixels[key] = self.pixels[key] + pixels if key in self.pixels else pixels
+        self.common[key] = self.common.get(key, True) and info["sigma"].ndim == 0
         if self.full:
             product = x.flatten(1).T @ x.flatten(1)
             self.products[key] = self.products[key] + product if key in self.products else product
@@ -69,6 +72,7 @@ class Trace:
             for kept, new in ((self.pixels, other.pixels), (self.products, other.products)):
                 if key in new:
                     kept[key] = kept[key] + new[key] if key in kept else new[key]
+            self.common[key] = self.common.get(key, True) and other.common[key]
         return self
 
     def _check_alike(self, other):
@@ -91,6 +95,10 @@ class Trace:
         keys = [key for key in sorted(self.sums) if key[1] == stage]
         if not keys:
             raise ValueError(f"the trace holds no evaluation of stage {stage}: pass it to sample as callback first")
+        for key in (key for key in keys if self.common[key]):
+            n, total, squares = self.sums[key]["sigma"].tolist()
+            if squares / n - (total / n) ** 2 > 1e-10 * (total / n) ** 2:
+                raise ValueError(f"this trace watched runs on different grids: step {key[0]} was at more than one noise level, {total / n:g} on average; give every run its own trace")
         return keys
 
     def column(self,
@@ -106,7 +114,7 @@ class Trace:
         n, total, squares = torch.stack(rows).cpu().unbind(1)
         mean = total / n
         spread = (squares / n - mean.square()).clamp(min=0)
-        return mean, (spread / (n - 1).clamp(min=1)).sqrt()
+        return mean, (spread / (n - 1)).sqrt()  # one image has no error bar: NaN
 
     def variance(self,
         stage: int = 0,  # evaluation within the step
@@ -115,7 +123,7 @@ class Trace:
         keys = self._keys(stage)
         n = torch.stack([self.sums[key]["square"][0] for key in keys]).cpu()
         total, squares = torch.stack([self.pixels[key].flatten(1) for key in keys]).cpu().unbind(1)
-        variance = (squares - total.square() / n[:, None]).mean(1) / (n - 1).clamp(min=1)
+        variance = (squares - total.square() / n[:, None]).mean(1) / (n - 1)
         return variance, self.column("square", stage)[1]
 
     def moments(self,
@@ -146,6 +154,8 @@ def eps_norms(
     "Training side: mean norm of epsilon on real images noised to each level (Ning et al. 2023)."
     if len(images) < 2:
         raise ValueError(f"at least 2 images are needed for an error bar, got {len(images)}")
+    if not images.isfinite().all():
+        raise ValueError(f"images must be finite, but {int((~images.isfinite()).sum())} values are not")
     levels, means, errors = check_sigmas(sigmas)[:-1], [], []
     for sigma in tqdm(levels.tolist(), disable=not progress, desc="training norms"):
         norms = []
@@ -222,6 +232,21 @@ def gaussian_variance(
     return sample(denoiser or linear_denoiser(variances), start, sigmas, **settings).flatten().square()
 
 
+def neutral_value(
+    variances,             # (d,) variances of the data's principal directions
+    made: Callable,        # value -> (d,) variances of the samples
+    bounds: tuple,         # where to look
+    name: str = "value",   # what it is called if nothing in between is best
+) -> float:                # ValueError where the best value lies at a bound
+    "The value whose samples have the smallest Frechet distance to Gaussian data."
+    truth = torch.as_tensor(variances, dtype=torch.float64).reshape(-1)
+    distance = lambda value: (made(float(value)).clamp(min=0).sqrt() - truth.sqrt()).square().sum().item()
+    value = float(minimize_scalar(distance, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
+    if min(value - bounds[0], bounds[1] - value) < 1e-4:
+        raise ValueError(f"no {name} between {bounds[0]} and {bounds[1]} is best: the distance still falls at {value:.4f}; with so few steps no constant repairs this run, or the bounds are too narrow")
+    return value
+
+
 def neutral_lambda(
     variances,                        # (d,) variances of the data's principal directions
     sigmas,                           # (n+1,) noise levels ending in 0
@@ -230,14 +255,7 @@ def neutral_lambda(
     **settings,                       # solver, guidance: as for sample
 ) -> float:                           # the constant lambda with the smallest Frechet distance
     "The constant lambda that a Gaussian world of this spectrum asks for; no images, no network."
-    truth = torch.as_tensor(variances, dtype=torch.float64).reshape(-1)
-    def distance(lam):
-        made = gaussian_variance(truth, sigmas, denoiser, scaling=float(lam), **settings)
-        return (made.sqrt() - truth.sqrt()).square().sum().item()
-    lam = float(minimize_scalar(distance, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x)
-    if min(lam - bounds[0], bounds[1] - lam) < 1e-4:
-        raise ValueError(f"no lambda between {bounds[0]} and {bounds[1]} is best: the distance still falls at {lam:.4f}; with so few steps no constant repairs this run, or the bounds are too narrow")
-    return lam
+    return neutral_value(variances, lambda lam: gaussian_variance(variances, sigmas, denoiser, scaling=lam, **settings), bounds, "lambda")
 
 # %% ../nbs/10_diagnostics.ipynb #9b883b44
 def drift_split(

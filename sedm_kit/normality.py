@@ -92,7 +92,8 @@ def _check(errors, least=4, most=math.inf):
     if rows.is_complex() or rows.dtype == torch.bool or rows.ndim < 1:
         raise TypeError(f"errors must be real numbers (tests, n) with the samples on the last axis, got {rows.dtype} of shape {tuple(rows.shape)}")
     if not least <= rows.shape[-1] <= most or not rows.numel():
-        raise ValueError(f"each test needs {least} to {most} samples, on the last axis, and there must be a test; got shape {tuple(rows.shape)}")
+        count = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise ValueError(f"each test needs {count} samples, on the last axis, and there must be a test; got shape {tuple(rows.shape)}")
     rows, shape = rows.reshape(-1, rows.shape[-1]), rows.shape[:-1]
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.to(torch.float64)
     if not rows.sum().isfinite() and (bad := ~rows.isfinite().all(1)).any():  # the sum is quick, but may also overflow
@@ -280,6 +281,8 @@ def null_share(
     "Shares rejected by chance when the errors are normal and as correlated as those measured."
     rows = _check(errors)[0].to(torch.float64)
     centred = (rows - rows.mean(1, keepdim=True))[moments(rows).kurtosis.isfinite()]
+    if not len(centred):
+        raise ValueError(f"all {len(rows)} tests are constant; there is nothing whose chance rejections could be simulated")
     root = torch.linalg.qr(centred.T / math.sqrt(rows.shape[1]), mode="r").R  # root.T @ root is the covariance
     shares = []
     for _ in range(draws):
@@ -365,6 +368,8 @@ class Normality:
     p: torch.Tensor       # p-value of every pixel, NaN where constant
 
     def __repr__(self):
+        if not self.tests:
+            return f"n={self.n}: {self.constant} constant pixels, none tested"
         return (f"n={self.n}: {self.share:.1%} of {self.tests} rejected at {self.alpha:g} (chance {self.band[0]:.1%} to {self.band[1]:.1%}), {self.share_fdr:.1%} after FDR; "
                 f"median W {self.W:.4f}, effect {self.effect:.4f}, |skewness| {self.skewness:.2f}, kurtosis {self.kurtosis:+.2f}; rms {self.rms:.3g}"
                 + (f"; {self.constant} constant" if self.constant else ""))

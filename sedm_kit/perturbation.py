@@ -79,8 +79,12 @@ def gradient_penalty(
     projection: torch.Tensor | None = None,  # (b,c,h,w) standard normal: v; None: drawn
 ) -> torch.Tensor:      # (b,) unbiased estimate of |d eps / dx|_F^2, differentiable
     "Squared Frobenius norm of the Jacobian of every image, by one random projection."
+    if not (x.requires_grad and eps.requires_grad):
+        raise ValueError("the penalty differentiates eps by x: x must have requires_grad when eps is calculated from it, outside of torch.no_grad")
     projection = torch.randn_like(eps) if projection is None else projection
-    gradient, = torch.autograd.grad(eps, x, projection, create_graph=True)
+    gradient, = torch.autograd.grad(eps, x, projection, create_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError("the penalty differentiates eps by x, but eps was not calculated from this x")
     return gradient.square().flatten(1).sum(1)
 
 # %% ../nbs/08_perturbation.ipynb #3c80279d
@@ -88,4 +92,7 @@ def squared_weights(
     model: torch.nn.Module,  # network with at least one trainable parameter
 ) -> torch.Tensor:           # 0-d, differentiable
     "Sum of the squares of all trainable parameters."
-    return sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad)
+    squares = [parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad]
+    if not squares:
+        raise ValueError(f"this {type(model).__name__} has no trainable parameter: nothing to decay")
+    return sum(squares)

@@ -160,5 +160,5 @@ def _new_log_ratio(world, solver, plan, progress):
     train_discriminator(log_ratio, world.train, fakes.to(torch.float32), steps=plan.train_discriminator, progress=progress)
     held_out = FAKE_SEEDS + n
     unseen = sample_seeds(world.denoiser, range(held_out, held_out + min(n, 500)), study_sigmas(world.denoiser, plan.steps), shape=world.shape, micro_batch=plan.micro_batch, device=plan.device, solver=solver)
-    world.card["log_ratio"][solver] = {"trained_on": f"{n} samples of {solver}", "accuracy": accuracy_per_level(log_ratio, world.held_out, unseen.to(torch.float32), [0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0])}
+    world.card["log_ratio"][solver] = {"trained_on": f"{n} samples of {solver}", "solver": solver, "solver_steps": plan.steps, "accuracy": accuracy_per_level(log_ratio, world.held_out, unseen.to(torch.float32), [0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0])}
     return log_ratio

@@ -104,7 +104,7 @@ def in_short(
     said += [_split_sentence(row) for row in results["split"] if row["solver"] == solver]
     predicted = results["predicted_lambda"][solver]
     said.append(f"The spectrum of the data alone, with no network, asks for λ = {predicted:.4f} here." if predicted else "By the spectrum of the data alone, no constant λ repairs so few steps.")
-    return said + _caution(rows)
+    return said + [f"Caution about guidance: {reason}." for reason in results["cautions"][solver]] + _caution(rows)
 
 
 def _drift_sentence(curves):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIAGNOSTIC_SEEDS', 'SHAPE_IMAGES', 'PAIRS', 'COMPARED', 'CONVERGED', 'SPLIT_PARTS', 'Arm', 'arms',
            'check_fresh_seeds', 'predicted_lambda', 'Run', 'run_arm', 'moment_control', 'table_rows', 'floor_row',
-           'differences', 'mark_resolved', 'drift_table', 'study', 'peak_memory_mb', 'environment', 'Plan',
-           'open_world']
+           'differences', 'mark_resolved', 'drift_table', 'torch_threads', 'study', 'peak_memory_mb', 'environment',
+           'Plan', 'open_world']
 
 # %% ../nbs/14_study.ipynb #2121a3a8
 import platform
@@ -30,7 +30,7 @@ from .discriminator import DiscriminatorGuidance
 from .metrics import Estimate, FeatureStats, fd, fd_with_error, match_moments, paired_difference, real_floor, shape_sliced_wasserstein
 from .plan import Plan, open_world, study_sigmas
 from .sampler import count_evaluations, sample_seeds
-from .tuning import world_stats
+from .tuning import guidance_cautions, world_stats
 from .worlds import World, fit_mixture, load_world
 
 # %% ../nbs/14_study.ipynb #4c856f96
@@ -265,7 +265,7 @@ def _total_variance(images):
 
 # %% ../nbs/14_study.ipynb #b873e040
 @contextmanager
-def _threads(n: int):
+def torch_threads(n: int):
     "Let torch use n threads for a while."
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -280,7 +280,7 @@ def study(
     progress: bool = True,   # show a bar
 ) -> dict:                   # plan, table, differences, curves, split, floor, diagnostics, previews, versions, seconds
     "Run a study; `sedm_kit.report` draws and writes what it returns."
-    with _threads(plan.threads):
+    with torch_threads(plan.threads):
         return _study(plan, progress)
 
 
@@ -306,7 +306,8 @@ def _study(plan, progress):
     mark_resolved(results["differences"])
     some = torch.randperm(len(world.train), generator=torch.Generator().manual_seed(plan.first_seed))[:10]  # digits come in order of their class
     results |= {"floor": floor_row(world, plan), "held_out": _held_out(world), "real": world.train[some.to(world.train.device)].cpu(),
-                "predicted_lambda": {solver: predicted_lambda(world, solver, plan.steps) for solver in plan.solvers}}
+                "predicted_lambda": {solver: predicted_lambda(world, solver, plan.steps) for solver in plan.solvers},
+                "cautions": {solver: guidance_cautions(world, solver, plan.steps) if any(arm.w for arm in chosen[solver]) else [] for solver in plan.solvers}}
     if plan.diagnostics:
         results["diagnostics"] = _diagnostics(world, plan, chosen, traces, norms, progress)
     return results | {"environment": environment(plan), "seconds": time.perf_counter() - started}

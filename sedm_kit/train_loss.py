@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log_normal_sigmas', 'chain_sigmas', 'typical_sigmas', 'edm_weight', 'level_weight', 'denoising_loss',
-           'held_out_losses', 'Objective']
+           'held_out_losses', 'check_images', 'Objective']
 
 # %% ../nbs/08_train_loss.ipynb #042a2ab9
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,19 +63,39 @@ def edm_weight(
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
+_SETTINGS = {"p2": {"k", "gamma"}, "min_snr": {"cap"}}  # parameters of a scheme, besides snr_min
+
+
+def _scheme(weight) -> tuple:
+    "Name and parameters of a weight that is no function."
+    if isinstance(weight, str):
+        return weight, {}
+    if not isinstance(weight, Mapping) or "name" not in weight:
+        raise ValueError(f"weight must be a name, a dict such as {{'name': 'p2', 'gamma': 0.5}}, or a function, got {weight!r}")
+    name, settings = weight["name"], {key: value for key, value in weight.items() if key != "name"}
+    known = set() if name == "edm" else _SETTINGS.get(name, set()) | {"snr_min"}
+    if name in SCHEMES and settings.keys() - known:
+        raise ValueError(f"the weight {name!r} has no parameter {sorted(settings.keys() - known)[0]!r}; known: {', '.join(sorted(known)) or 'none'}")
+    for key, value in settings.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{key} of the weight {name!r} must be a number, got {value!r}")
+    return name, settings
+
+
 def level_weight(
-    weight,              # name of a scheme: "edm", "constant" (in epsilon), "p2", "min_snr", "inverse_snr", "debias"; or weight(sigma, sigma_data) -> (b,)
+    weight,              # name of a scheme: "edm", "constant" (in epsilon), "p2", "min_snr", "inverse_snr", "debias"; {"name": ..., **parameters}; or weight(sigma, sigma_data) -> (b,)
     sigma,               # (b,) noise levels
     sigma_data,          # standard deviation of the data, which only "edm" and functions look at; None: unknown
 ) -> torch.Tensor:       # (b,) weight of the squared error of D
     "Weight of every noise level, by name or by function."
     if callable(weight):
         return weight(sigma, sigma_data)
-    if weight == "edm":
+    name, settings = _scheme(weight)
+    if name == "edm":
         if sigma_data is None:
             raise ValueError("the weight 'edm' needs the denoiser's sigma_data, but it has none: choose another weight, or set the attribute")
         return edm_weight(sigma, sigma_data)
-    return loss_weight(weight, snr(sigma), "x0").to(sigma.dtype)
+    return loss_weight(name, snr(sigma), "x0", **settings).to(sigma.dtype)
 
 # %% ../nbs/08_train_loss.ipynb #c460f81a
 def denoising_loss(
@@ -83,7 +103,7 @@ def denoising_loss(
     clean,                       # (b, c, h, w) images
     noise,                       # (b, c, h, w) standard normal
     sigma,                       # (b,) noise levels
-    weight="edm",                # name of a scheme, or weight(sigma, sigma_data) -> (b,)
+    weight="edm",                # as for level_weight
     *,
     gamma=0.0,                   # strength of input perturbation: number or gamma(sigma)
     perturbation: str = "ip",    # its form: "ip", "ddpm_y" or "naive"
@@ -131,7 +151,7 @@ def held_out_losses(
     denoiser,           # D(x, sigma[, class_labels])
     images,             # (n, c, h, w) images that were not trained on
     sigmas,             # (levels,) noise levels
-    weight="edm",       # name of a scheme, or weight(sigma, sigma_data)
+    weight="edm",       # as for level_weight
     seed: int = 0,      # of the noise: the same noise at every call
     batch: int = 1024,  # images per network call
     labels=None,        # (n,) int64 or one-hot, for a network with classes
@@ -146,11 +166,34 @@ def held_out_losses(
                 losses[i] += denoising_loss(denoiser, part, torch.randn_like(part), level, weight, class_labels=classes).double().sum().cpu()
     return losses / len(images)
 
+# %% ../nbs/08_train_loss.ipynb #e200eb76
+def check_images(
+    images,        # (n, c, h, w) floating point, finite
+    labels,        # (n,) whole numbers, one class per image; None for a network without classes
+    denoiser,      # the network; its label_dim is the number of classes
+    of: str = "",  # put before "images" and "labels" in the messages
+):
+    "Refuse images and labels that cannot be learned from."
+    if not images.is_floating_point():
+        raise TypeError(f"{of}images must be floating point, from -1 to 1, got {images.dtype}: for 8-bit images, images / 127.5 - 1")
+    if images.ndim != 4 or not len(images) or not images.isfinite().all():
+        raise ValueError(f"{of}images must be (n,c,h,w) and finite, got shape {tuple(images.shape)} with {int((~images.isfinite()).sum())} values that are not finite")
+    classes = getattr(denoiser, "label_dim", 0)
+    if labels is None:
+        if classes:
+            raise ValueError(f"this denoiser has label_dim = {classes} classes: give {of}labels, one class per image")
+        return
+    if not classes:
+        raise ValueError(f"{of}labels were given, but this denoiser is unconditional")
+    if labels.shape != (len(images),) or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"{of}labels must be {len(images)} whole numbers from 0 to {classes - 1}, got shape {tuple(labels.shape)}, {labels.dtype}, "
+                         f"{labels.min().item()} to {labels.max().item()}")
+
 # %% ../nbs/08_train_loss.ipynb #5e22b9c8
 @dataclass(frozen=True)
 class Objective:
     "Settings of a training loss: noise law, weight and cures, one argument each."
-    weight: str | Callable = "edm"   # name of a scheme, or weight(sigma, sigma_data) -> (b,)
+    weight: str | Mapping | Callable = "edm"  # name of a scheme, {"name": ..., **parameters}, or weight(sigma, sigma_data) -> (b,)
     p_mean: float = -1.2             # EDM's law: mean of ln sigma
     p_std: float = 1.2               # EDM's law: standard deviation of ln sigma
     alphas_cumprod: object = None    # (T,) alpha-bar of a chain: its steps are drawn uniformly, instead of EDM's law

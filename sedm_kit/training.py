@@ -9,10 +9,9 @@ __all__ = ['PRECISIONS', 'cosine_lr', 'ramp_lr', 'ema_decay', 'half_life_decay',
 
 # %% ../nbs/08_training.ipynb #205ba391
 import copy
-import functools
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,8 +25,9 @@ from .checkpoints import CLASSES, save_model, write_json
 from .networks import seeded
 from .perturbation import squared_weights
 from .targets import stf_target
-from .train_loss import (Objective, denoising_loss, edm_weight, held_out_losses, log_normal_sigmas, typical_sigmas)
-from .train_state import append_line, check_state, cut_lines, images_sha256, read_state, save_state, set_streams, streams_state
+from .train_loss import (Objective, check_images, denoising_loss, edm_weight, held_out_losses, log_normal_sigmas, typical_sigmas)
+from .train_state import (append_line, check_state, cut_lines, data_sha256, describe, own_seed, read_state, save_state, set_streams,
+                                  streams_state)
 from .weights import loss_weight
 
 # %% ../nbs/08_training.ipynb #c9ce0d41
@@ -171,6 +171,7 @@ class _Run:
         self.levels, self.step = objective.levels(), 0
         self.history = {"sigmas": self.levels.tolist(), "step": [], "loss": [], "held_out": [], "held_out_per_level": []}
         self.total = torch.zeros((), device=self.device)
+        self.timed, self.seconds = 0, 0.0  # steps since the last look, and what they took
 
     def advance(self):
         "One step of the optimiser and of the average."
@@ -178,7 +179,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr()
         drawn = self.objective.draw(self.images, self.labels, batch, self.generators)
-        losses = self.objective.losses(self.network, drawn, self.part)
+        with self.own_numbers():
+            losses = self.objective.losses(self.network, drawn, self.part)
         whole = _gathered(losses)
         _check_finite(whole, drawn["sigma"], self.step)
         self.descend(losses.mean())
@@ -187,6 +189,11 @@ class _Run:
                        else half_life_decay(seen, batch, half_life, self.settings["ema_ramp"]))
         self.total += whole.mean()
         self.step += 1
+
+    def own_numbers(self):
+        "Random numbers for this process's dropout; a single process goes on with the run's."
+        rank, world = _world()
+        return nullcontext() if world == 1 else seeded(own_seed(self.settings["seed"], self.step, rank), self.device)
 
     def lr(self) -> float:
         "Learning rate of the coming step."
@@ -205,13 +212,15 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def look(self, every: int):
+    def look(self):
         "Append the mean training loss since the last look, and the average's losses on the held-out images."
+        started, before = time.perf_counter(), self.history["step"][-1] if self.history["step"] else 0
+        self.history["loss"].append(self.total.item() / (self.step - before))  # waits for the device, so it belongs to the steps' time
+        self.seconds += time.perf_counter() - started
         self.history["step"].append(self.step)
-        self.history["loss"].append(self.total.item() / every)
         self.total.zero_()
         if self.held_out is not None:
-            images, labels = self.held_out if isinstance(self.held_out, tuple) else (self.held_out, None)
+            images, labels = self.held_out
             losses = held_out_losses(self.average, images.to(self.device, torch.float32), self.levels, self.objective.weight,
                                      labels=None if labels is None else labels.to(self.device))
             self.history["held_out"].append(losses.mean().item())
@@ -220,6 +229,12 @@ class _Run:
     def latest(self) -> dict:
         "The last entry of the history."
         return {name: self.history[name][-1] for name in ("step", "loss", "held_out", "held_out_per_level") if self.history[name]}
+
+    def pace(self) -> dict:
+        "Images so far, the last step's learning rate, and the rate of the steps since the last look, without what lies between them."
+        batch, steps, seconds = self.settings["batch"], self.timed, self.seconds
+        self.timed, self.seconds = 0, 0.0
+        return {"images": self.step * batch, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": steps * batch / seconds}
 
     def state(self) -> dict:
         "Everything that the next step depends on."
@@ -240,24 +255,12 @@ class _Run:
         set_streams(state["streams"], self.device, self.generators)
 
 # %% ../nbs/08_training.ipynb #62dbf594
-def _check_images(images, labels, denoiser):
-    "Refuse training images and labels that cannot be learned from."
-    if not images.is_floating_point():
-        raise TypeError(f"images must be floating point, from -1 to 1, got {images.dtype}: for 8-bit images, images / 127.5 - 1")
-    if images.ndim != 4 or not len(images) or not images.isfinite().all():
-        raise ValueError(f"images must be (n,c,h,w) and finite, got shape {tuple(images.shape)} with {int((~images.isfinite()).sum())} values that are not finite")
-    classes = getattr(denoiser, "label_dim", 0)
-    if labels is None:
-        return
-    if not classes:
-        raise ValueError("labels were given, but this denoiser is unconditional")
-    if labels.shape != (len(images),) or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"labels must be {len(images)} whole numbers from 0 to {classes - 1}, got shape {tuple(labels.shape)}, {labels.dtype}, "
-                         f"{labels.min().item()} to {labels.max().item()}")
-
-
-def _check_run(denoiser, images, objective: Objective, settings: dict):
-    "Refuse settings that do not fit each other, the images or the network."
+def _check_run(denoiser, images, labels, held_out, objective: Objective, settings: dict):
+    "Refuse data that cannot be learned from, and settings that do not fit each other, the images or the network."
+    check_images(images, labels, denoiser)
+    if held_out is not None:
+        check_images(*held_out, denoiser, of="held-out ")
+    _check_rates(settings)
     for name in ("steps", "batch", "checks", "snapshot"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]!r}")
@@ -272,15 +275,15 @@ def _check_run(denoiser, images, objective: Objective, settings: dict):
         raise ValueError(f"with augmentation the network must be told what was done: build it with augment_dim={AUGMENT_DIM}, got {_told(denoiser)}")
 
 
-def _described(objective: Objective) -> dict:
-    "An objective's settings in JSON; functions by name, so that another process can tell whether they are the same."
-    def plain(value):
-        if isinstance(value, functools.partial):
-            return f"{plain(value.func)}, given {value.args} {value.keywords}"
-        if callable(value):
-            return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        return value if isinstance(value, (int, float, str, type(None))) else images_sha256(torch.as_tensor(value))
-    return {name: plain(value) for name, value in vars(objective).items()}
+def _check_rates(settings: dict):
+    "Refuse learning rates and memories that are none."
+    if not 0 <= settings["ema"] <= 1:
+        raise ValueError(f"ema, the share of the old average that stays, must be from 0 to 1, got {settings['ema']!r}")
+    for name in ("lr", "ema_half_life", "ema_ramp"):
+        if (name == "lr" or settings[name] is not None) and not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {settings[name]!r}")
+    if settings["lr_ramp"] is not None and not 0 <= settings["lr_ramp"] < math.inf:
+        raise ValueError(f"lr_ramp must be finite and not negative, got {settings['lr_ramp']!r}")
 
 # %% ../nbs/08_training.ipynb #980ab43a
 def train_denoiser(
@@ -293,15 +296,15 @@ def train_denoiser(
     p_mean: float = -1.2,           # mean of ln sigma
     p_std: float = 1.2,             # standard deviation of ln sigma
     alphas_cumprod=None,            # (T,) alpha-bar of a discrete chain: its steps instead of EDM's law
-    weight="edm",                   # "edm", "constant" (in epsilon), "p2", "min_snr", "inverse_snr", "debias", or weight(sigma, sigma_data) -> (b,)
-    labels=None,                    # (n,) int64, classes of the images
+    weight="edm",                   # "edm", "constant" (in epsilon), "p2", "min_snr", "inverse_snr", "debias", a dict {"name": "p2", "gamma": 0.5}, or weight(sigma, sigma_data) -> (b,)
+    labels=None,                    # (n,) int64, classes of the images; a network with classes needs them
     gamma=0.0,                      # input perturbation: strength, or gamma(sigma); the paper's is 0.1
     perturbation: str = "ip",       # its form: "ip" (DDPM-IP), "ddpm_y" or "naive"
     reference=None,                 # stable target: number of reference images, or "all"
     gradient_penalty: float = 0.0,  # coefficient of the squared Jacobian norm of epsilon per pixel
     weight_decay: float = 0.0,      # coefficient of the sum of squared weights, in the loss
     augment: float = 0.0,           # probability of EDM's augmentations; its recipe for CIFAR-10 has 0.12
-    ema: float = 0.999,             # memory of the weight average, by steps
+    ema: float = 0.999,             # memory of the weight average, by steps, from 0 to 1
     ema_half_life: float | None = None,  # memory by images, instead: EDM's has 500 000
     ema_ramp: float | None = 0.05,  # half-life / images seen, at most; None: no such limit
     lr_ramp: float | None = None,   # images over which the learning rate rises, then stays: EDM's, 10 million; None: cosine
@@ -309,11 +312,11 @@ def train_denoiser(
     precision: str = "fp32",        # of the network's calculation: "fp32", "bf16" or "fp16"
     compile: bool = False,          # torch.compile the network
     held_out=None,                  # (m, c, h, w) images to evaluate the average on, or (images, labels); None: no evaluation
-    checks: int = 20,               # number of evaluations over the run
+    checks: int = 20,               # number of evaluations over the run, the last one at its end
     on_check=None,                  # on_check(step, averaged network), called at every evaluation: for measures of your own
     seed: int = 0,                  # of batches, noise levels, noise and dropout
     progress: bool = True,          # show a progress bar
-    out=None,                       # folder for the state, the log and, at the end, the averaged network
+    out=None,                       # folder for the state, the log and, at the end, the averaged network; functions need names then
     snapshot: int = 1000,           # steps between two states
     resume: bool = False,           # go on from the folder's state, if there is one
 ) -> tuple:                         # averaged model in eval mode, history: dict of lists and of the levels `sigmas`
@@ -321,9 +324,9 @@ def train_denoiser(
     objective = Objective(weight, p_mean, p_std, alphas_cumprod, gamma, perturbation, reference, gradient_penalty, weight_decay, augment)
     settings = dict(steps=steps, batch=batch, lr=lr, ema=ema, ema_half_life=ema_half_life, ema_ramp=ema_ramp, lr_ramp=lr_ramp,
                     sanitise=sanitise, precision=precision, compile=compile, checks=checks, snapshot=snapshot, seed=seed)
-    _check_images(images, labels, denoiser)
-    _check_run(denoiser, images, objective, settings)
-    settings |= _described(objective) | {"images": images_sha256(images) if out else None}
+    held_out = held_out if held_out is None or isinstance(held_out, tuple) else (held_out, None)
+    _check_run(denoiser, images, labels, held_out, objective, settings)
+    settings |= describe(vars(objective)) | {"images": data_sha256(images), "labels": data_sha256(labels), "held_out": data_sha256(*held_out or ())} if out else {}
     run, folder = _Run(denoiser, images, labels, held_out, objective, settings), out and _Folder(out, resume)
     with seeded(seed, run.device), _precision(denoiser, run.device, PRECISIONS[precision]):
         return _train(run, folder, on_check, progress)
@@ -356,24 +359,21 @@ class _Folder:
 def _train(run: _Run, folder, on_check, progress: bool) -> tuple:
     "Run to the end; what is averaged, and the history."
     steps, batch, snapshot = (run.settings[name] for name in ("steps", "batch", "snapshot"))
-    every, lead = max(steps // run.settings["checks"], 1), _world()[0] == 0
+    looks, lead = _looks(steps, run.settings["checks"]), _world()[0] == 0
     if folder:
         folder.open(run)
     with tqdm(total=steps, initial=run.step, desc="denoiser", unit=" images", unit_scale=batch, disable=not (progress and lead)) as bar:
-        last = run.step, time.perf_counter()
         while run.step < steps:
             _advance(run, folder)
             bar.update()
-            if run.step % every == 0 and lead:
-                run.look(every)
+            if run.step in looks and lead:
+                run.look()
                 if on_check is not None:
                     with seeded(run.step, run.device):  # whatever it draws, the run goes on from its own numbers
                         on_check(run.step, run.average)
                 bar.set_postfix({name: f"{run.history[name][-1]:.4f}" for name in ("loss", "held_out") if run.history[name]})
-                now = time.perf_counter()
                 if folder:
-                    append_line(folder.log, {**run.latest(), "images": run.step * batch, "lr": run.lr(), "images_per_second": (run.step - last[0]) * batch / (now - last[1])})
-                last = run.step, now
+                    append_line(folder.log, run.latest() | run.pace())
             if folder and lead and (run.step % snapshot == 0 or run.step == steps):
                 save_state(folder.state, run.state())
     if folder and lead:
@@ -381,13 +381,21 @@ def _train(run: _Run, folder, on_check, progress: bool) -> tuple:
     return run.average, run.history
 
 
+def _looks(steps: int, checks: int) -> set:
+    "Steps after which a run is evaluated: evenly spread, the last among them."
+    checks = min(checks, steps)
+    return {round(k * steps / checks) for k in range(1, checks + 1)}
+
+
 def _advance(run: _Run, folder):
-    "One step; if the loss is no number, say where the last good state is."
+    "One step, by the clock; if the loss is no number, say where the last good state is."
+    started = time.perf_counter()
     try:
         run.advance()
     except FloatingPointError as error:
         kept = f". The last good state is {folder.state}" if folder and folder.state.is_file() else ""
         raise FloatingPointError(f"{error}{kept}") from None
+    run.timed, run.seconds = run.timed + 1, run.seconds + time.perf_counter() - started
 
 # %% ../nbs/08_training.ipynb #d5e074ce
 def _descend(optimizer, loss, step: int):

@@ -16,7 +16,7 @@ from .checkpoints import write_atomically, write_json
 from .plan import Plan, open_world, study_sigmas
 from .report import STYLE, claim_folder, number, plain, png, signed
 from .tuning_plots import LABELS, search_map, search_steps
-from .study import _threads, check_fresh_seeds
+from .study import check_fresh_seeds, torch_threads
 from .tuning_search import WHY, Tuned, tune
 
 # %% ../nbs/16_tuning_report.ipynb #5a4d98d1
@@ -124,7 +124,7 @@ def tune_plan(
     box, fixed = read_parameters(parameters)
     if len(plan.solvers) != 1 or plan.blocks != 2:
         raise ValueError(f"a search is for one solver and two blocks of seeds, got {plan.solvers} and {plan.blocks}")
-    with _threads(plan.threads):
+    with torch_threads(plan.threads):
         world = open_world(plan, settings.get("progress", True))
         check_fresh_seeds(world, plan)
         return tune(world, range(plan.first_seed, plan.first_seed + 2 * plan.images), study_sigmas(world.denoiser, plan.steps), solver=plan.solvers[0], box=box or None, fixed=fixed,

@@ -72,16 +72,17 @@ def loss_weight(
     snr,                      # signal-to-noise ratio (1/sigma^2, or abar/(1-abar)): number or tensor, > 0
     prediction: str = "eps",  # whose squared error is weighted: "eps", "x0" (the denoiser), "v" or "F" (EDM's raw network)
     *,
-    k: float = 1.0,           # P2: offset
+    k: float = 1.0,           # P2: offset, >= 0; 0 with gamma 1/2 is Debias
     gamma: float = 1.0,       # P2: exponent; 0 is constant
     cap: float = 5.0,         # Min-SNR: above this SNR the image's error has the weight cap
     sigma_data: float = 0.5,  # standard deviation of the data: for "edm" and "F"
     snr_min: float | None = None,  # lower clamp of the scheme's SNR; None: no clamp, and SNR = 0 is an error
 ) -> torch.Tensor:            # like snr, float64
     "Weight of a noise level; the same loss in every form of prediction."
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be finite and not negative, got {gamma!r}")
-    _check_positive(k=k, cap=cap, sigma_data=sigma_data, **({} if snr_min is None else {"snr_min": snr_min}))
+    for parameter, value in (("gamma", gamma), ("k", k)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{parameter} must be finite and not negative, got {value!r}")
+    _check_positive(cap=cap, sigma_data=sigma_data, **({} if snr_min is None else {"snr_min": snr_min}))
     schemes = _schemes(k, gamma, cap, sigma_data)
     if name not in schemes:
         raise ValueError(f"unknown weight {name!r}; known: {', '.join(schemes)}")

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from sedm_kit.analytic import Denoiser, GaussianMixture, per_image
-from sedm_kit.checkup import Subject, bound, checkup, frequency_bands, principal_bands, single_steps, watch
+from sedm_kit.checkup import Subject, bound, checkup, error_curves, frequency_bands, principal_bands, single_steps, watch
 from sedm_kit.diagnostics import Trace, eps_norms
-from sedm_kit.findings import about_scaling, findings, verdict, with_error
+from sedm_kit.findings import about_bands, about_errors, about_normality, about_scaling, about_targets, findings, verdict, with_error
 from sedm_kit.images import write_npz
+from sedm_kit.networks import EDMPrecond
 from sedm_kit.noise import edm_sigmas
 from sedm_kit.report import plain
 from sedm_kit.sampler import sample_seeds
@@ -34,11 +35,11 @@ def found(world):
     return checkup(world, SIGMAS, arms=ARMS, **SMALL)
 
 
-def smooth_world(folder, c, size):
-    "A world of 60 smooth random images in an npz, with a linear denoiser of our own and no discriminators."
-    images = torch.nn.functional.interpolate(torch.randn(60, c, 2, 2, generator=torch.Generator().manual_seed(0)), size=size, mode="bilinear").clamp(-1, 1)
+def smooth_world(folder, c, size, denoiser=None, n=60):
+    "A world of smooth random images in an npz, with a linear denoiser of our own and no discriminators."
+    images = torch.nn.functional.interpolate(torch.randn(n, c, 2, 2, generator=torch.Generator().manual_seed(0)), size=size, mode="bilinear").clamp(-1, 1)
     write_npz(folder / "images.npz", ((images + 1) * 127.5).round().to(torch.uint8))
-    return world_from(folder / "images.npz", Denoiser(lambda x, sigma, class_labels=None: x * 0.2 / (0.2 + per_image(sigma, x.ndim, x) ** 2), (c, size, size), sigma_data=0.45))
+    return world_from(folder / "images.npz", denoiser or Denoiser(lambda x, sigma, class_labels=None: x * 0.2 / (0.2 + per_image(sigma, x.ndim, x) ** 2), (c, size, size), sigma_data=0.45))
 
 
 def test_every_diagnostic_is_there_and_json_able(found):
@@ -116,6 +117,27 @@ def test_own_images_of_any_size(size, left_out, tmp_path):
     assert findings(found)
 
 
+def test_a_network_for_larger_images(tmp_path):
+    torch.manual_seed(0)
+    net = EDMPrecond(32, 3, model_type="PatchNet", sigma_data=0.45, sigma_max=40.0, channels=8, blocks=1).eval()  # random: nobody trained it
+    found = checkup(smooth_world(tmp_path, 3, 32, net, n=20), edm_sigmas(3, sigma_max=40.0), range(3_000_000, 3_000_006), images=8, errors=8, micro_batch=8, progress=False)
+    assert not found["failed"] and all(key in found for key in KEYS) and found["normality"]["tests"] == 512 and found["normality"]["pixels"] == 3072
+    assert "3072 x 3072 eigenproblem" in found["skipped"]["principal axes"] and "3072 x 3072" in found["skipped"]["ideal denoiser"]
+    assert "2 images are too few" in found["skipped"]["normality, one step, held-out images"]
+    assert set(found["bands"]["heun"]["plain"]) == {"all directions", "frequencies"} and set(found["delta"]) == {"trained network"}
+    assert findings(found) and not any(said["verdict"] == "holds" for said in findings(found) if "Gaussian" in said["claim"])  # eight errors show nothing
+    json.dumps(plain(found), allow_nan=False)
+
+
+def test_levels_that_a_denoiser_does_not_know_are_left_out(world):
+    narrow = Denoiser(lambda x, sigma, class_labels=None: world.denoiser(x, sigma), (1, 8, 8), sigma_data=0.75, sigma_min=0.01, sigma_max=10.0)
+    mine = SimpleNamespace(**{name: getattr(world, name) for name in ("train", "held_out", "train_labels", "held_out_labels")}, denoiser=narrow)
+    subject = Subject(mine, edm_sigmas(8), range(3_000_000, 3_000_008), {}, images=20)
+    assert subject.knows(10.0) and not subject.knows(10.1) and subject.knows(torch.tensor([0.001, 0.01, 11.0])).tolist() == [False, True, False]
+    sigma = error_curves(subject)["parts"]["training images"]["sigma"]
+    assert len(sigma) and sigma.max() <= 10 and sigma.min() >= 0.01
+
+
 def test_labels_reach_a_denoiser_with_classes():
     images, labels = torch.randn(12, 1, 4, 4), torch.arange(12) % 3
     seen = []
@@ -153,10 +175,41 @@ def test_sentences_follow_the_numbers(found):
     assert about_scaling("euler", norms)[0]["verdict"] == "undecided"
     norms["scaling"]["ES"] = 1.0
     assert about_scaling("euler", norms) == []
-    gaussian = copy.deepcopy(found)
-    for curve in gaussian["normality"]["kinds"].values():
-        curve["share"] = curve["chance"]
-    assert all(said["verdict"] == "holds" for said in findings(gaussian) if "Gaussian" in said["claim"])
+
+
+@pytest.mark.parametrize("share, power, decided", [([0.06, 0.05], 0.6, "holds"), ([0.06, 0.05], 0.1, "undecided"), ([0.6, 0.05], 0.6, "holds in part"), ([0.6, 0.05], 0.1, "does not hold"), ([0.6, 0.2], 0.6, "does not hold")])
+def test_silence_is_no_proof_without_power(share, power, decided):
+    two = lambda *values: torch.tensor(values, dtype=torch.float64)
+    curve = {"sigma": two(0.1, 1.0), "share": two(*share), "share_error": two(0.02, 0.02), "chance": two(0.05, 0.05), "chance_spread": two(0.03, 0.03), "effect": two(0.001, 0.002), "effect_error": two(0.001, 0.001), "n": 100}
+    said = about_normality({"kinds": {"one step": curve}, "power": {"Laplace": (power, 0.01)}, "tests": 64})[0]
+    assert said["verdict"] == decided and "n = 100" in said["evidence"] and ("might not stand out" in said["evidence"]) == (power == 0.1)
+
+
+@pytest.mark.parametrize("low, high, error, decided", [(1.0, 0.8, 0.01, "holds"), (1.014, 0.902, 0.022, "undecided"), (0.9715, 0.9246, 0.01, "holds in part"), (0.95, 0.75, 0.01, "holds in part"), (0.785, 0.736, 0.008, "does not hold"), (0.8, 0.9, 0.01, "does not hold"),
+                                                       (1.0, 1.1, 0.01, "does not hold"), (0.95, 0.8, 0.1, "undecided"), (0.96, 0.85, 0.03, "undecided"), (1.0, 1.0, 0.01, "undecided")])
+def test_low_frequencies_that_are_lost_too_count(low, high, error, decided):
+    row = lambda *values: torch.tensor([values], dtype=torch.float64)
+    said = about_bands("euler", {"plain": {"frequencies": {"ratio": row(low, 0.8, high), "error": row(error, error, error), "labels": ["low", "middle", "high"]}}})[0]
+    assert said["verdict"] == decided and "% at high" in said["evidence"] and ("as much as the highest" in said["evidence"]) == (low < 1 and high < 1 - 2 * error)
+
+
+@pytest.mark.parametrize("power, error, decided", [(0.0, 0.01, "does not hold"), (0.07, 0.01, "does not hold"), (2.0, 0.01, "holds"), (1.0, 0.5, "undecided")])
+def test_errors_must_grow_as_the_amplification_does(power, error, decided):
+    sigma = torch.tensor([80.0, 10.0, 1.0], dtype=torch.float64)
+    x0 = 0.3 * (sigma / 10) ** power
+    part = {"sigma": sigma, "x0": x0, "x0_error": error * x0, "eps": x0 / sigma**2, "eps_error": error * x0 / sigma**2}
+    said = about_errors({"parts": {"training images": part}, "data_variance": 0.3})
+    assert [one["verdict"] for one in said] == [decided] and "from 100 to 6400" in said[0]["evidence"]
+    assert about_errors({"parts": {"training images": {key: value[1:] for key, value in part.items()}}, "data_variance": 0.3}) == []  # does not reach low SNR
+
+
+@pytest.mark.parametrize("few, many, error, decided", [(0.498, 0.2, 0.01, "does not hold"), (0.99, 0.0025, 0.0001, "holds"), (0.498, 0.0025, 0.0001, "holds in part"), (0.8, 0.2, 0.3, "undecided")])
+def test_a_small_reference_tells_one_over_n_from_one_over_n_less_one(few, many, error, decided):
+    pair = lambda *values: torch.tensor(values, dtype=torch.float64)
+    targets = {"references": [2, 200, 400], "n": 400, "sigma": pair(100.0, 1.0), "v_dsm": pair(1.0, 5.0), "v_dsm_error": pair(0.0, 0.0), "v_stf": torch.stack([pair(few, 5.0), pair(0.0025, 5 * many), pair(0.0, 0.0)]), "v_stf_error": torch.full((3, 2), error).double() * pair(1.0, 5.0)}
+    said = about_targets(targets)[0]
+    assert said["verdict"] == decided and "has 0.499" in said["evidence"] and "n = 200" in said["evidence"]
+    assert about_targets(targets | {"references": [400]}) == []
 
 
 def test_every_sentence_has_a_number_and_an_error(found):

@@ -1,4 +1,6 @@
 "What the figures of the diagnostics show: the content of their axes, and clear errors for what cannot be drawn."
+from itertools import combinations
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -32,9 +34,9 @@ NORMS = {"training": {"sigma": SIGMA, "norm": 8 * ONE, "error": SMALL}, "arms": 
 BANDS = {"frequencies": {"sigma": SIGMA, "ratio": torch.stack([ONE, 0.5 * ONE], 1), "error": torch.stack([SMALL, SMALL], 1), "labels": ["low", "high"]}}
 STEPS = {"training images": {"sigma": SIGMA, "paper": 0.5 * ONE, "change": -0.5 * ONE, "error": SMALL, "inner": 0 * ONE, "inner_error": SMALL}}
 DELTA = {"trained network": {"sigma": SIGMA, **{key: ONE for key in ("paired", "unpaired", "excess", "paired_error", "unpaired_error", "excess_error")}}}
-TESTS = {"kinds": {"one step": {"sigma": SIGMA, "share": 0.4 * ONE, "share_fdr": 0.3 * ONE, "effect": SMALL, "chance_high": 0.1 * ONE}}, "alpha": 0.05, "band": (0.0, 0.11), "n": 100, "power": {"Laplace": (0.8, 0.01)}}
+TESTS = {"kinds": {"one step": {"sigma": SIGMA, "share": 0.4 * ONE, "share_fdr": 0.3 * ONE, "share_error": SMALL, "share_fdr_error": SMALL, "effect": SMALL, "effect_error": SMALL, "chance": 0.06 * ONE, "chance_spread": 0.02 * ONE}}, "alpha": 0.05, "band": (0.0, 0.11), "n": 100, "power": {"Laplace": (0.8, 0.01)}}
 POINTS = {0.5: {"theory": SIGMA.flip(0), "median": SIGMA.flip(0), "low": -ONE, "high": ONE, "n": K}}
-TARGETS = {"sigma": SIGMA, "v_dsm": ONE, "v_dsm_error": SMALL, "divergence": ONE, "n": 100, "references": [2, 8], "v_stf": torch.stack([ONE, ONE / 7]), "v_stf_error": torch.stack([SMALL, SMALL]), "phases": (0.5, 5.0)}
+TARGETS = {"sigma": SIGMA, "v_dsm": ONE, "v_dsm_error": SMALL, "divergence": ONE, "n": 100, "references": [2, 8], "v_stf": torch.stack([ONE / 2, ONE / 8]), "v_stf_error": torch.stack([SMALL, SMALL]), "phases": (0.5, 5.0)}
 ERRORS = {"parts": {"training images": {"sigma": SIGMA, "x0": SIGMA**2, "x0_error": SMALL, "eps": ONE, "eps_error": SMALL}}, "data_variance": 0.3}
 EVERY = {"norms_plot": NORMS, "band_plot": BANDS, "step_plot": STEPS, "delta_plot": DELTA, "normality_plot": TESTS, "qq_plot": POINTS, "target_variance_plot": TARGETS, "error_plot": ERRORS}
 
@@ -78,10 +80,29 @@ def test_single_steps_are_drawn_where_they_say_something():
 
 def test_the_null_line_the_power_and_the_phases_are_there():
     shown = lines(plots.normality_plot(TESTS).axes[0])
-    assert {"α = 0.05", "chance, 95 %, as correlated as here", "if all errors were Laplace"} <= set(shown)
+    assert {"α = 0.05", "chance + 2 sd, correlated as each kind is", "if all errors were Laplace"} <= set(shown)
+    np.testing.assert_allclose(shown["_chance, one step"].get_ydata(), 0.1)
     plt.close()
     borders = [line.get_xdata()[0] for line in plots.target_variance_plot(TARGETS).axes[0].get_lines() if len(line.get_xdata()) == 2]
     assert borders == [0.5, 5.0]
+
+
+def test_every_kind_of_errors_has_its_own_line_of_chance_and_bands():
+    two = {**TESTS, "kinds": {"one step": TESTS["kinds"]["one step"], "free run": TESTS["kinds"]["one step"] | {"chance": 0.2 * ONE}}}
+    axes = plots.normality_plot(two).axes
+    shown = lines(axes[0])
+    np.testing.assert_allclose(shown["_chance, free run"].get_ydata(), 0.24)
+    assert shown["_chance, free run"].get_color() == shown["free run"].get_color() != shown["one step"].get_color()
+    assert [sum(type(drawn).__name__ == "FillBetweenPolyCollection" or type(drawn).__name__ == "PolyCollection" for drawn in ax.collections) for ax in axes] == [2, 2, 2]
+
+
+def test_targets_are_held_against_the_mean_of_n_different_images():
+    images = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for n in (1, 2, 5, 12):  # by hand: all subsets of n
+        means = images[torch.tensor(list(combinations(range(12), n)))].mean(1)
+        assert abs(means.var(correction=0) / images.var(correction=0) - plots.reference_share(n, 12)) < 1e-12
+    dotted = [line.get_ydata()[0] for line in plots.target_variance_plot({**TARGETS, "references": [2, 100]}).axes[1].get_lines() if len(line.get_xdata()) == 2]
+    np.testing.assert_allclose(dotted, [98 / 99 / 2])  # none for all images: 0 has no place on a logarithmic axis
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -255,8 +255,10 @@ def test_other_kinds_of_input():
     for errors in (torch.randn(2, 9, dtype=torch.complex64), torch.ones(2, 9, dtype=torch.bool), torch.tensor(1.0)):
         with pytest.raises(TypeError, match="real numbers"):
             shapiro_wilk(errors)
-    with pytest.raises(ValueError, match="8 to inf"):
+    with pytest.raises(ValueError, match="at least 8 samples"):
         dagostino_pearson(torch.randn(2, 7))
+    with pytest.raises(ValueError, match="all 3 tests are constant"):
+        null_share(torch.ones(3, 20), 10)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, -1e-300, 1e9, 0.1])
@@ -270,6 +272,7 @@ def test_constant_rows_are_counted_and_not_tested(value):
     assert (summary.tests, summary.constant) == (3, 2) and "2 constant" in repr(summary) and math.isfinite(summary.effect)
     nothing = normality(x[[1]])
     assert nothing.tests == 0 and math.isnan(nothing.share) and math.isnan(nothing.W)
+    assert repr(nothing) == "n=30: 1 constant pixels, none tested"
 
 
 # ---- errors of a denoiser

@@ -122,6 +122,23 @@ def test_penalty_is_unbiased_for_a_network():
     assert_close(found, exact, rtol=0, atol=0.03 * exact.abs().max().item())
 
 
+def test_penalty_says_what_it_cannot_differentiate():
+    x, weight = normal(0, 3, 4), normal(1, 4, 4).requires_grad_()
+    for eps in (x, x @ weight):  # x without a gradient
+        with pytest.raises(ValueError, match="x must have requires_grad when eps is calculated from it"):
+            gradient_penalty(eps, x)
+    x.requires_grad_()
+    with torch.no_grad(), pytest.raises(ValueError, match="outside of torch.no_grad"):
+        gradient_penalty(x @ weight, x)
+    with pytest.raises(ValueError, match="eps was not calculated from this x"):
+        gradient_penalty(normal(2, 3, 4) @ weight, x)
+
+
+def test_a_frozen_model_has_no_weights_to_decay():
+    with pytest.raises(ValueError, match="this Linear has no trainable parameter"):
+        squared_weights(torch.nn.Linear(3, 2).requires_grad_(False))
+
+
 def test_squared_weights_leave_frozen_ones_out():
     layer = torch.nn.Linear(3, 2)
     layer.bias.requires_grad_(False)

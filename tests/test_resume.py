@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import sedm_kit.training as training
 from sedm_kit.checkpoints import load_model
 from sedm_kit.networks import EDMPrecond, seeded
 from sedm_kit.train_loss import Objective
-from sedm_kit.train_state import cut_lines, read_lines, read_state
+from sedm_kit.train_state import cut_lines, data_sha256, describe, read_lines, read_state
 from sedm_kit.training import train_denoiser
 from sedm_kit.weights import loss_weight
 
@@ -138,6 +139,15 @@ def test_a_finished_run_is_read_again(tmp_path, uninterrupted):
     first = read_lines(tmp_path / "log.jsonl")[0]
     assert first["images"] == 40 and first["images_per_second"] > 0 and first["held_out"] == uninterrupted[2]["held_out"][0]
     assert json.loads((tmp_path / "settings.json").read_text())["reference"] == 16
+    rates = [entry["lr"] for entry in read_lines(tmp_path / "log.jsonl")]
+    assert rates == [training.cosine_lr(step - 1, 40, 2e-3) for step in range(5, 41, 5)] and rates[-1] > 0  # of the step before
+
+
+def test_the_pace_is_that_of_the_steps_alone(tmp_path):
+    def slow(step, average):
+        time.sleep(0.5)
+    run(tmp_path, steps=4, checks=4, on_check=slow, snapshot=1)
+    assert min(entry["images_per_second"] for entry in read_lines(tmp_path / "log.jsonl")[1:]) > 8 / 0.5
 
 
 def test_a_folder_is_not_overwritten(tmp_path):
@@ -156,9 +166,48 @@ def test_another_run_is_refused(tmp_path, changes, named):
 
 def test_settings_name_functions_the_same_way_in_every_process():
     objective = Objective(weight=functools.partial(schemed, "p2", k=2.0), gamma=half, alphas_cumprod=[0.9, 0.5])
-    assert training._described(objective) == {**training._described(Objective(alphas_cumprod=[0.9, 0.5])), "weight": "test_resume.schemed, given ('p2',) {'k': 2.0}",
-                                              "gamma": "test_resume.half"}
-    assert len(training._described(objective)["alphas_cumprod"]) == 64
+    plain = describe(vars(Objective(alphas_cumprod=[0.9, 0.5])))
+    assert describe(vars(objective)) == {**plain, "weight": "test_resume.schemed, given ('p2',) {'k': 2.0}", "gamma": "test_resume.half"}
+    assert len(plain["alphas_cumprod"]) == 64 and describe({"weight": {"name": "p2", "k": 2}}) == {"weight": {"name": "p2", "k": 2}}
+
+
+class Schedule:
+    def __call__(self, sigma):
+        return 0.1 * sigma
+
+    at = __call__
+
+
+@pytest.mark.parametrize("settings", [dict(weight=lambda sigma, sigma_data: sigma), dict(gamma=lambda sigma: 0.1), dict(gamma=Schedule()), dict(gamma=Schedule().at),
+                                      dict(weight=functools.partial(lambda k, sigma, sigma_data: sigma, 1))], ids=repr)
+def test_functions_without_a_name_are_refused_for_a_run_that_leaves_a_state(tmp_path, settings):
+    with pytest.raises(ValueError, match="which a later process cannot recognise: .* give a named function"):
+        run(tmp_path / "out", **{"steps": 2, **settings})
+    assert not (tmp_path / "out").exists()
+    run(steps=2, **settings)  # without a state nothing has to be recognised
+
+
+def test_another_run_s_data_are_refused(tmp_path):
+    def conditional(out, labels=torch.arange(64) % 4, held_out=(images(8, seed=2), torch.arange(8) % 4), **settings):
+        return train_denoiser(small(label_dim=4), images(), steps=2, batch=8, labels=labels, held_out=held_out, progress=False, out=out, **settings)
+    conditional(tmp_path)
+    for name, other in (("labels", {"labels": torch.arange(64) % 3}), ("held_out", {"held_out": (images(8, seed=3), torch.arange(8) % 4)}),
+                        ("held_out", {"held_out": (images(8, seed=2), torch.arange(8) % 3)}), ("held_out", {"held_out": None})):
+        with pytest.raises(ValueError, match=f"belongs to another run: it has {name} = "):
+            conditional(tmp_path, **other, resume=True)
+    conditional(tmp_path, resume=True)
+
+
+def test_how_often_a_state_is_written_may_change(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, "update_average", 20)
+        run(tmp_path)
+    assert same(run(tmp_path, resume=True, snapshot=9), uninterrupted)
+
+
+def test_checksums_tell_data_apart():
+    data = [(torch.zeros(3),), (torch.zeros(3, 1),), (torch.zeros(3), None), (torch.ones(3),), (torch.ones(3, dtype=torch.bfloat16),), (torch.arange(3), torch.zeros(3))]
+    assert len({data_sha256(*parts) for parts in data}) == len(data) and data_sha256() is None and data_sha256(None, None) is None
 
 
 def schemed(name, sigma, sigma_data, k):
@@ -209,13 +258,14 @@ def test_a_torn_state_is_named(tmp_path, size):
         read_state(tmp_path / "none.pt")
 
 
+def spoilt_once(sigma, sigma_data, calls=[0]):
+    calls[0] += 1
+    return torch.where(torch.arange(len(sigma)) == 5, torch.nan, sigma) if calls[0] == 16 else sigma
+
+
 def test_a_loss_that_turns_nan_keeps_the_last_good_state(tmp_path):
-    calls = [0]
-    def weight(sigma, sigma_data):
-        calls[0] += 1
-        return torch.where(torch.arange(len(sigma)) == 5, torch.nan, sigma) if calls[0] == 16 else sigma
     with pytest.raises(FloatingPointError, match=r"training loss at step 14 is nan, first at noise level sigma = \d.* \(1 of 8 images\).*last good state is .*state.pt"):
-        run(tmp_path, weight=weight, held_out=None)
+        run(tmp_path, weight=spoilt_once, held_out=None)
     state = read_state(tmp_path / "state.pt")
     assert state["step"] == 12 and all(value.isfinite().all() for value in state["denoiser"].values())
 
@@ -252,6 +302,7 @@ folder = Path({folder!r})
 for name, cures in (("plain", {{}}), ("cures", test_resume.SHARED)):
     torch.save(test_resume.gradient(**cures), folder / f"{{name}}{{sys.argv[1]}}.pt")
 history = test_resume.several_steps(folder / "run")
+torch.save(test_resume.dropped(), folder / f"dropped{{sys.argv[1]}}.pt")
 try:
     test_resume.gradient(batch=9)
 except ValueError as error:
@@ -270,6 +321,27 @@ def gradient(**settings):
 
 def several_steps(out):
     return train_denoiser(small(), images(), steps=10, batch=16, checks=2, held_out=images(8, seed=1), snapshot=5, progress=False, out=out)
+
+
+class Dropping(torch.nn.Module):
+    "A denoiser with dropout that remembers its inputs and what it let through."
+    sigma_data = 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.seen = torch.nn.Parameter(torch.tensor(0.5)), []
+
+    def forward(self, x, sigma):
+        kept = torch.nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        self.seen.append((x.detach().clone(), kept))
+        return self.scale * kept * x
+
+
+def dropped():
+    "What every step of a short run drops, and its inputs."
+    model = Dropping()
+    train_denoiser(model, images(), steps=3, batch=16, seed=3, progress=False)
+    return model.seen
 
 
 def test_two_processes_reach_the_gradient_of_one(tmp_path):
@@ -291,6 +363,13 @@ def test_two_processes_reach_the_gradient_of_one(tmp_path):
     assert_close(weights(load_model(tmp_path / "run" / "denoiser.safetensors")[0]), weights(average), rtol=0, atol=1e-5)
     for rank in range(2):
         assert "must divide the batch, got 2 processes for 9 images" in (tmp_path / f"refused{rank}").read_text()
+    masks = [[kept for _, kept in torch.load(tmp_path / f"dropped{rank}.pt", weights_only=True)] for rank in range(2)]
+    inputs = [torch.cat([x for x, _ in torch.load(tmp_path / f"dropped{rank}.pt", weights_only=True)]) for rank in range(2)]
+    every = [mask for rank in masks for mask in rank]
+    assert len(every) == 6 and not any(torch.equal(a, b) for k, a in enumerate(every) for b in every[:k])  # each process and step its own
+    assert abs((torch.cat(masks[0]) - 1).flatten().dot((torch.cat(masks[1]) - 1).flatten()) / torch.cat(masks[0]).numel()) < 0.1
+    first = dropped()[0][0]  # the images, levels and noise of the step are those of one process
+    assert torch.equal(torch.cat([inputs[0][:8], inputs[1][:8]]), first)
 
 
 def test_cures_leave_images_levels_and_noise_of_a_run_alone():

@@ -166,6 +166,15 @@ def test_history():
     assert without["step"] == [2, 4] and without["held_out"] == []
 
 
+@pytest.mark.parametrize("steps, checks, expected", [(10, 3, [3, 7, 10]), (39, 20, None), (5, 20, [1, 2, 3, 4, 5]), (12, 4, [3, 6, 9, 12]), (7, 1, [7])])
+def test_evaluations_are_as_many_as_asked_for_and_the_last_is_at_the_end(steps, checks, expected):
+    _, history = train_denoiser(small(), images(), steps=steps, batch=8, checks=checks, progress=False)
+    _, every = train_denoiser(small(), images(), steps=steps, batch=8, checks=steps, progress=False)
+    assert len(history["step"]) == min(checks, steps) and history["step"][-1] == steps and expected in (None, history["step"])
+    for first, last, loss in zip([0, *history["step"]], history["step"], history["loss"]):  # the mean over the steps in between
+        assert loss == pytest.approx(sum(every["loss"][first:last]) / (last - first), rel=1e-5)
+
+
 def test_looking_at_held_out_images_changes_nothing():
     with_look, _ = train_denoiser(small(), images(), steps=6, batch=8, held_out=images(16, seed=1), checks=3, progress=False)
     without, _ = train_denoiser(small(), images(), steps=6, batch=8, progress=False)
@@ -453,6 +462,20 @@ def test_gradients_that_are_no_numbers_are_sanitised_on_request():
     (dict(checks=0), "checks must be at least 1"),
     (dict(labels=torch.zeros(64, dtype=torch.long)), "this denoiser is unconditional"),
     (dict(alphas_cumprod=[0.9, 1.1]), "alphas_cumprod must lie in"),
+    (dict(ema=2), "ema, the share of the old average that stays, must be from 0 to 1, got 2"),
+    (dict(ema=math.nan), "must be from 0 to 1, got nan"),
+    (dict(ema_half_life=-5), "ema_half_life must be positive and finite, got -5"),
+    (dict(ema_ramp=0), "ema_ramp must be positive and finite, got 0"),
+    (dict(lr=0.0), "lr must be positive and finite, got 0.0"),
+    (dict(lr=math.nan), "lr must be positive and finite, got nan"),
+    (dict(lr_ramp=-1), "lr_ramp must be finite and not negative, got -1"),
+    (dict(weight={"name": "debias", "k": 2.0}), "the weight 'debias' has no parameter 'k'; known: snr_min"),
+    (dict(weight={"name": "edm", "cap": 2.0}), "the weight 'edm' has no parameter 'cap'; known: none"),
+    (dict(weight={"name": "p2", "k": "2"}), "k of the weight 'p2' must be a number, got '2'"),
+    (dict(weight={"name": "p2", "gamma": -1.0}), "gamma must be finite and not negative, got -1.0"),
+    (dict(weight={"name": "p3", "k": 2.0}), "unknown weight 'p3'"),
+    (dict(weight=("p2", 1.0)), "weight must be a name, a dict such as"),
+    (dict(held_out=(images(8), torch.zeros(8, dtype=torch.long))), "held-out labels were given, but this denoiser is unconditional"),
 ])
 def test_settings_that_do_not_fit_are_refused_at_once(wrong, message):
     model = small()
@@ -475,6 +498,24 @@ def test_unknown_prediction_and_bad_ratio_are_refused():
     for ratio in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="snr must be finite and positive"):
             level_weight("debias", torch.tensor([ratio]).rsqrt() if ratio > 0 else torch.tensor([math.inf if ratio == 0 else math.nan]), 0.5)
+
+
+def test_a_network_with_classes_needs_labels():
+    labels = torch.arange(64) % 4
+    with pytest.raises(ValueError, match="this denoiser has label_dim = 4 classes: give labels"):
+        train_denoiser(small(label_dim=4), images(), steps=1, batch=8, progress=False)
+    with pytest.raises(ValueError, match="give held-out labels"):
+        train_denoiser(small(label_dim=4), images(), steps=1, batch=8, labels=labels, held_out=images(8), progress=False)
+    train_denoiser(small(label_dim=4), images(), steps=1, batch=8, labels=labels, held_out=(images(8), labels[:8]), progress=False)
+
+
+@pytest.mark.parametrize("weight", [dict(name="p2", k=2.0, gamma=0.5), dict(name="min_snr", cap=3.0), dict(name="inverse_snr", snr_min=0.1), dict(name="p2")], ids=repr)
+def test_parameters_of_a_weight_go_with_its_name(weight):
+    sigma, parameters = torch.logspace(-2, 1.5, 20, dtype=torch.float64), {key: value for key, value in weight.items() if key != "name"}
+    assert torch.equal(level_weight(weight, sigma, 0.5), loss_weight(weight["name"], snr(sigma), "x0", **parameters))
+    def trained(weight): return train_denoiser(small(), images(), steps=3, batch=8, weight=weight, held_out=images(8, seed=1), progress=False)
+    (one, its), (two, other) = trained(weight), trained(lambda sigma, sigma_data: loss_weight(weight["name"], snr(sigma), "x0", **parameters).to(sigma))
+    assert its == other and all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(63, dtype=torch.long), torch.full((64,), 4), torch.full((64,), -1), torch.zeros(64)])

@@ -1,4 +1,5 @@
 "Definitions, closed forms and bad input of sedm_kit.variance."
+import copy
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from sedm_kit.ddpm import chain_steps, chain_variance, in_data_units, respaced_s
 from sedm_kit.noise import ddpm_alphas_cumprod, edm_sigmas, sigma_from_alphas
 from sedm_kit.sampler import sample
 from sedm_kit.adapters import as_eps_model
-from sedm_kit.variance import (BandVariance, RunningMoments, accumulated_error, dct_basis, delta_t, gaussian_delta_t,
+from sedm_kit.variance import (BandVariance, RunningMoments, accumulated_error, dct_basis, delta_t, gaussian_delta_t, jackknife,
                                noisy_start, paper_variance, principal_basis, step_variance)
 
 ABAR = ddpm_alphas_cumprod("linear", 1000)
@@ -165,6 +166,47 @@ def test_bases():
     assert_close(axes.T @ axes, torch.eye(16, dtype=torch.float64))
 
 
+def watched(images, batch, basis=None):
+    "Bands of the images themselves, seen in micro-batches."
+    watch = BandVariance(torch.eye(16) if basis is None else basis, images)  # a float32 basis is taken too
+    for part in images.split(batch):
+        watch({"step": 0, "stage": 0, "sigma": torch.zeros((), dtype=torch.float64), "x": part})
+    return watch
+
+
+def test_band_errors_are_what_other_seeds_show():
+    "The jackknife's error against the scatter of 60 sets of 200 images, whose true ratio is 1; micro-batches do not matter."
+    bands, truth = [slice(0, 3), slice(3, 16)], gaussian().sample(50_000, generator=rng(30))
+    runs = []
+    for seed in range(60):
+        watch = watched(truth, 50_000)
+        watch.sums, watch.levels, watch.seen = RunningMoments(), {}, type(watch.seen)()
+        for part in gaussian().sample(200, generator=rng(200 + seed)).split(50):
+            watch({"step": 0, "stage": 0, "sigma": torch.zeros((), dtype=torch.float64), "x": part})
+        runs.append(watch.ratio(bands))
+    scatter, claimed = torch.stack([run["ratio"] for run in runs]).std(0), torch.stack([run["error"] for run in runs]).square().mean(0).sqrt()
+    assert ((claimed / scatter > 0.7) & (claimed / scatter < 1.4)).all(), claimed / scatter
+    for batch in (1, 7, 200):
+        some = truth[:200]
+        got = watched(some, batch).ratio(bands)
+        assert_close(got["ratio"], watched(some, 50).ratio(bands)["ratio"])
+        assert_close(got["error"], watched(some, 50).ratio(bands)["error"])
+
+
+def test_few_images_and_merged_sums():
+    "Fewer images than groups leave some empty; sums of parts of different sizes can still be added."
+    images = gaussian().sample(5, generator=rng(31))
+    template = BandVariance(torch.eye(16), images)
+    parts = [copy.copy(template) for _ in range(2)]
+    for part, some in zip(parts, (images[:2], images[2:])):
+        part.sums, part.levels = RunningMoments(), {}
+        part({"step": 0, "stage": 0, "sigma": torch.zeros((), dtype=torch.float64), "x": some})
+        assert part.ratio([slice(None)])["error"].isfinite().all()
+    whole = copy.copy(parts[0])
+    whole.sums = RunningMoments().merge(parts[0].sums).merge(parts[1].sums)
+    assert_close(whole.ratio([slice(None)])["ratio"], torch.ones(1, 1, dtype=torch.float64))
+
+
 def test_bands_watch_a_discrete_chain_too():
     world = gaussian()
     watch = BandVariance(torch.eye(16, dtype=torch.float64), world.sample(5000, generator=rng(19)))
@@ -188,6 +230,18 @@ def test_accumulated_error():
     assert (one["chain_error"] > 0).all()
 
 
+def test_accumulated_error_takes_a_number_of_steps_and_noise():
+    images = gaussian().sample(6, generator=rng(25))
+    by_count, by_index = (accumulated_error(wobbly, images, ABAR, steps, [3, 19], generator=rng(26)) for steps in (20, KEPT))
+    for name in by_count:
+        assert_close(by_count[name], by_index[name])
+    source = rng(27)
+    noisy = accumulated_error(wobbly, images, ABAR, 20, [0, 19], generator=rng(26), noise=lambda x: torch.randn(x.shape, generator=source, dtype=x.dtype))
+    quiet = accumulated_error(wobbly, images, ABAR, 20, [0, 19], generator=rng(26))
+    assert_close(noisy["single"], quiet["single"])     # the last move draws none
+    assert noisy["chain"][0] == quiet["chain"][0] and noisy["chain"][1] != quiet["chain"][1]
+
+
 def test_bad_input():
     images = torch.zeros(4, 1, 4, 4)
     for bad in (images[:1], images * math.nan):
@@ -198,7 +252,20 @@ def test_bad_input():
     for settings in ({"parts": 1}, {"batch": 1}):
         with pytest.raises(ValueError, match="at least 2 parts"):
             delta_t(wobbly, images, ABAR, 20, **settings)
-    with pytest.raises(ValueError, match="at least 2 images"):
-        step_variance(lambda x, s: x, images[:1], 1.0, 0.5, 0.5)
+    for bad in (images[:1], images * math.nan):
+        for function in (lambda x: step_variance(lambda x, s: x, x, 1.0, 0.5, 0.5), principal_basis, lambda x: BandVariance(torch.eye(16), x),
+                         lambda x: accumulated_error(wobbly, x, ABAR, KEPT, [3])):
+            with pytest.raises(ValueError, match="at least 2 finite images"):
+                function(bad)
+    with pytest.raises(ValueError, match=r"basis must be \(16, 16\)"):
+        BandVariance(torch.eye(9), images)
+    for mse in (torch.ones(7), -0.1, torch.ones(20, 1), math.nan):
+        with pytest.raises(ValueError, match="one for each of the 20 steps"):
+            paper_variance(ABAR, 20, mse)
+    for depths in ([], [20], [-1], [0.5]):
+        with pytest.raises(ValueError, match="depths must be positions from 0 to 19"):
+            accumulated_error(wobbly, images, ABAR, 20, depths)
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        jackknife(lambda sums: sums, [RunningMoments()])
     with pytest.raises(ValueError, match="no evaluation of stage 1"):
         BandVariance(torch.eye(16, dtype=torch.float64), images).ratio([slice(None)], stage=1)

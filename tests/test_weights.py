@@ -101,6 +101,7 @@ def test_parameters_reach_their_schemes():
     s = torch.tensor([0.1, 1.0, 30.0])
     assert_close(loss_weight("p2", s, gamma=0.0), loss_weight("constant", s))
     assert_close(loss_weight("p2", s, k=2.0, gamma=0.5), (2 + s.double()) ** -0.5)
+    assert_close(loss_weight("p2", s, k=0, gamma=0.5), loss_weight("debias", s))
     assert_close(loss_weight("min_snr", s, cap=1e9), loss_weight("constant", s))
     assert_close(loss_weight("edm", s, sigma_data=1e9), loss_weight("constant", s))
     assert loss_weight("debias", s.reshape(3, 1)).shape == (3, 1)
@@ -112,6 +113,7 @@ def test_clamp_is_off_unless_asked():
     assert_close(loss_weight("debias", tiny, snr_min=1e-4).item(), 1e2, rtol=1e-9, atol=0)
     assert_close(loss_weight("debias", tiny, "x0", snr_min=1e-4).item(), 1e2 * tiny, rtol=1e-9, atol=0)  # the conversion keeps the true ratio
     assert_close(loss_weight("debias", 0.5, snr_min=1e-4), loss_weight("debias", 0.5))
+    assert_close(loss_weight("inverse_snr", torch.tensor([0.0, 1e-4, 2.0]), "x0", snr_min=1e-3), torch.tensor([0.0, 0.1, 1.0], dtype=torch.float64))  # clamped: no longer 1 everywhere
     for form, expected in (("eps", 1e2), ("x0", 0.0), ("v", 0.0), ("F", 0.0)):
         assert_close(loss_weight("debias", 0.0, form, snr_min=1e-4).item(), expected, rtol=1e-9, atol=0)
 
@@ -186,7 +188,9 @@ def test_bad_names_and_parameters():
         loss_weight("debias", 1.0, "epsilon")
     with pytest.raises(ValueError, match="unknown prediction"):
         eps_per("score", 1.0)
-    for settings in ({"k": 0.0}, {"cap": -5.0}, {"sigma_data": 0.0}, {"gamma": -1.0}, {"gamma": math.nan}, {"gamma": math.inf}, {"snr_min": 0.0}, {"cap": math.nan}):
+    with pytest.raises(ValueError, match="snr must be finite and positive, got 0"):  # k = 0 opens no way to a division by zero
+        loss_weight("p2", 0.0, k=0)
+    for settings in ({"k": -1.0}, {"k": math.nan}, {"cap": -5.0}, {"sigma_data": 0.0}, {"gamma": -1.0}, {"gamma": math.nan}, {"gamma": math.inf}, {"snr_min": 0.0}, {"cap": math.nan}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             loss_weight("constant", 1.0, **settings)
 
