@@ -286,6 +286,10 @@ def named_features(
     device: str = "cpu",     # where a network works
 ) -> FeatureMap:             # ready for use
     "Features by the name that a user types."
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device; use 'cpu'")
     if name != "inception":
         features = feature_map(name)
         if device != "cpu" and isinstance(features.function, nn.Module):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,8 @@ def tune(
     progress: bool = True,           # show a bar
 ) -> Tuned:
     "Find lambda, the weights and the window with the smallest Fréchet distance, with error bars."
+    if guide is not None and guide not in world.log_ratio:
+        raise ValueError(f"this world has no discriminator named {guide!r}; it has {', '.join(map(repr, world.log_ratio)) or 'none'}")
     guide, fixed = guide or solver, dict(fixed or {})
     box = dict(box) if box is not None else {name: bounds for name, bounds in BOX.items() if name not in fixed and (name == "lambda" or guide in world.log_ratio)}
     settings = _settings(world, seeds, sigmas, solver=solver, box=box, fixed=fixed, guide=guide, by=by, loss_tolerance=loss_tolerance,
@@ -151,6 +154,8 @@ def _settings(world, seeds, sigmas, **given):
     seeds, sigmas = check_seeds(seeds), check_sigmas(sigmas)
     if unknown := (set(given["box"]) | set(given["fixed"])) - set(NEUTRAL):
         raise ValueError(f"unknown parameter {', '.join(map(repr, sorted(unknown)))}; known: {', '.join(NEUTRAL)}")
+    if not 0 <= given["loss_tolerance"] < 1:  # 0: never resolved, all seeds are used
+        raise ValueError(f"the tolerance is a share of the distance, between 0 and 1, got {given['loss_tolerance']!r}")
     names, _ = check_box(given["box"], HARD)
     find_solver(given["solver"])
     if given["by"] not in ("pixel", "feature"):
@@ -161,7 +166,8 @@ def _settings(world, seeds, sigmas, **given):
         raise ValueError(f"{len(seeds)} seeds in {given['groups']} groups are too few for an error bar of {len(names)} parameters: at least {8 * given['groups']} seeds and {len(names) + 2} groups are needed")
     if set(given["position_tolerance"] or {}) - set(names):
         raise ValueError(f"position_tolerance names {', '.join(map(repr, given['position_tolerance']))}, but only {', '.join(names)} are searched")
-    sampler_settings({name: np.mean(bounds) for name, bounds in given["box"].items()} | given["fixed"], world.log_ratio.get(given["guide"]))
+    for corner in product(*given["box"].values()):  # a window must be one everywhere in the box
+        sampler_settings(dict(zip(given["box"], corner)) | given["fixed"], world.log_ratio.get(given["guide"]))
     dim = world.train[0].numel()
     return {"world": world.name, "denoiser": _fingerprint(world.denoiser, world), "discriminator": _fingerprint(world.log_ratio.get(given["guide"]), world),
             "training_images": len(world.train), "sigmas": [float(f"{s:.6g}") for s in sigmas.tolist()], "seeds": [seeds[0], seeds[-1], len(seeds)],

@@ -114,6 +114,15 @@ def test_weights_are_named_and_safetensors_hold_the_same(weights, tmp_path):
     assert again.identity() == named.identity() and again.name != named.name
 
 
+@pytest.mark.parametrize("name", ["pixels", "digits"])
+def test_devices_are_checked_for_all_features(name):
+    with pytest.raises(ValueError, match="'cpu' or 'cuda', got 'banana'"):
+        named_features(name, device="banana")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            named_features(name, device="cuda")
+
+
 def test_weights_errors_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.delenv("SEDM_INCEPTION", raising=False)
     with pytest.raises(ValueError, match="SEDM_INCEPTION.*download_inception.*--download.*pixels"):

@@ -191,7 +191,9 @@ def test_edges_are_said(world):
     ({"box": {}}, "search box is empty"), ({"box": {"lambda": (1.0, 1.0)}}, "interior"), ({"box": {"lambda": (1.1, 1.0)}}, "interior"),
     ({"box": {"lambda": (float("nan"), 1.0)}}, "interior"), ({"box": {"w": (-1.0, 2.0)}}, "between 0 and"), ({"box": {"lamda": (0.9, 1.1)}}, "unknown parameter 'lamda'; known: lambda"),
     ({"box": BOX, "fixed": {"w": 1.0}}, "both searched and fixed"), ({"by": "fid"}, "'pixel' or 'feature'"), ({"solver": "rk45"}, "unknown solver"),
-    ({"box": BOX, "position_tolerance": {"w_later": 1.0}}, "position_tolerance"), ({"box": BOX, "guide": "nobody"}, "needs a discriminator")])
+    ({"box": BOX, "position_tolerance": {"w_later": 1.0}}, "position_tolerance"), ({"box": BOX, "guide": "nobody"}, "no discriminator named 'nobody'; it has"),
+    ({"loss_tolerance": -0.1}, "share of the distance"), ({"loss_tolerance": float("nan")}, "share of the distance"),
+    ({"box": {"w": (0.0, 2.0), "window_low": (0.5, 0.6), "window_high": (0.2, 0.3)}}, "window must satisfy")])
 def test_mistakes_are_found_before_work_starts(world, settings, message):
     with pytest.raises(ValueError, match=message):
         tune(world, SEEDS, edm_sigmas(6), progress=False, **settings)
