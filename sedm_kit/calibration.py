@@ -215,6 +215,9 @@ def calibrate_lambda(
         raise ValueError(f"unknown method {method!r}; known: {', '.join(map(repr, _METHODS))}")
     if "scaling" in settings or "class_labels" in settings:
         raise ValueError("scaling is what is looked for, and class labels are drawn from the seeds: give neither")
+    _check_range("bracket", bracket)
+    _check_range("bounds", bounds)
+    _check_data(data, denoiser)
     sigmas, seeds = check_sigmas(sigmas), [] if method == "spectrum" else check_seeds(seeds)
     if seeds and not 2 <= blocks <= len(seeds) // 2:
         raise ValueError(f"an error bar needs at least 2 blocks of at least 2 seeds, got {len(seeds)} seeds in {blocks!r} blocks")
@@ -223,6 +226,25 @@ def calibrate_lambda(
                             blocks=[seeds[k::blocks] for k in range(blocks)], bracket=bracket, tolerance=tolerance, bounds=bounds, settings=settings)
     scaling, error, evaluations, note = _METHODS[method](setup)
     return Calibration(method, solver, sigmas, scaling, error, evaluations, note)
+
+
+def _check_range(name, pair):
+    "Refuse two limits that are not in order."
+    low, high = pair
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"{name} must be (low, high) with 0 < low < high, got {pair!r}")
+
+
+def _check_data(data, denoiser):
+    "Refuse images that the denoiser cannot have been trained on."
+    if not isinstance(data, torch.Tensor):
+        return
+    if data.ndim != 4 or len(data) < 2 or not data.is_floating_point() or not data.isfinite().all():
+        raise ValueError(f"data must be at least 2 finite float images (n,c,h,w) in the denoiser's range (for 8-bit images, images / 127.5 - 1), got {data.dtype} of shape {tuple(data.shape)}")
+    side = getattr(denoiser, "img_resolution", None)
+    shape = getattr(denoiser, "shape", None) or (side and (denoiser.img_channels, side, side))
+    if shape and tuple(data.shape[1:]) != tuple(shape):
+        raise ValueError(f"the denoiser makes images of shape {tuple(shape)}, but data has {tuple(data.shape[1:])}")
 
 
 def _modes(data, denoiser):

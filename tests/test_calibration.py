@@ -134,6 +134,17 @@ def test_bad_input():
         ask(solver="eular")
 
 
+@pytest.mark.parametrize("how,message", [
+    ({"bracket": (1.1, 0.9)}, "bracket must be"), ({"bounds": (1.5, 0.8)}, "bounds must be"), ({"bracket": (float("nan"), 1.0)}, "bracket must be"),
+    ({"data": torch.zeros(5, 1, 4, 4, dtype=torch.uint8)}, "8-bit"), ({"data": torch.zeros(1, 1, 4, 4)}, "at least 2 finite"),
+    ({"data": torch.full((5, 1, 4, 4), float("nan"))}, "finite"), ({"data": torch.zeros(5, 1, 8, 8)}, "makes images of shape")])
+@pytest.mark.parametrize("method", ["spectrum", "variance"])
+def test_data_and_limits_are_checked_first(how, message, method):
+    world = GaussianMixture(torch.zeros(1, 1, 4, 4), [1.0], std=0.5)
+    with pytest.raises(ValueError, match=message):
+        calibrate_lambda(world.denoiser(), sigmas=edm_sigmas(6), method=method, seeds=SEEDS, **({"data": world} | how))
+
+
 def test_another_grid_is_refused():
     found = Calibration("variance", "euler", edm_sigmas(18), 1.02, 0.001, 0)
     assert found.settings(edm_sigmas(18)) == {"solver": "euler", "scaling": 1.02}
