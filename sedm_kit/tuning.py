@@ -17,6 +17,7 @@ from .discriminator import DiscriminatorGuidance
 from .metrics import Estimate, FeatureStats, frechet_distance, symmetric_root
 from .response import jackknifed
 from .sampler import check_seeds, sample_seeds
+from .solvers import bracketed_minimum
 from .worlds import World
 
 # %% ../nbs/12_tuning.ipynb #469d5b2b
@@ -126,8 +127,7 @@ def parabola_minimum(
     i = int(np.argmin(y))
     if i in (0, len(x) - 1):
         return float(x[i])
-    a, b, _ = np.polyfit(np.asarray(x[i - 1:i + 2]) - x[i], y[i - 1:i + 2], 2)
-    return float(x[i] - b / (2 * a))
+    return bracketed_minimum(x, y)
 
 
 def lowest(

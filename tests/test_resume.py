@@ -15,23 +15,14 @@ from torch.testing import assert_close
 
 import sedm_kit.training as training
 from sedm_kit.checkpoints import load_model
-from sedm_kit.networks import EDMPrecond, seeded
+from sedm_kit.networks import seeded
 from sedm_kit.train_loss import Objective
 from sedm_kit.train_state import cut_lines, data_sha256, describe, read_lines, read_state
 from sedm_kit.training import train_denoiser
 from sedm_kit.weights import loss_weight
+from tiny import images, small
 
 ROOT = Path(__file__).parent.parent
-
-
-def small(seed=0, **settings):
-    with seeded(seed):
-        return EDMPrecond(8, 1, **{"model_type": "PatchNet", "sigma_data": 0.5, "channels": 8, "blocks": 1, **settings})
-
-
-def images(n=64, seed=0):
-    with seeded(seed):
-        return torch.rand(n, 1, 8, 8) * 2 - 1
 
 
 def weights(model):

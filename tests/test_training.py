@@ -19,16 +19,7 @@ from sedm_kit.training import (PRECISIONS, classification_accuracy, cosine_lr, d
                                log_normal_sigmas, ramp_lr, train_denoiser, train_features, typical_sigmas, update_average)
 from sedm_kit.weights import PREDICTIONS, SCHEMES, loss_weight
 from sedm_kit.worlds import load_images
-
-
-def small(seed=0, **settings):
-    with seeded(seed):
-        return EDMPrecond(8, 1, **{"model_type": "PatchNet", "sigma_data": 0.5, "channels": 8, "blocks": 1, **settings})
-
-
-def images(n=64, seed=0):
-    with seeded(seed):
-        return torch.rand(n, 1, 8, 8) * 2 - 1
+from tiny import images, small
 
 
 @settings(max_examples=30, deadline=None)
