@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["sedm_kit", "sedm_kit.*"]),
-    package_data={"sedm_kit": ["data/*/*.safetensors", "data/*/*.json"]},
+    package_data={"sedm_kit": ["data/*/*.safetensors", "data/*/*.json", "data/notebooks/*.ipynb"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

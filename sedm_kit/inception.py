@@ -169,8 +169,8 @@ def weights_file(
     "The file of Inception's weights, or an error that says how to get one."
     weights = weights or os.environ.get(VARIABLE)
     if not weights:
-        raise ValueError(f"Inception needs its weights: name a file (weights=..., --weights, or the environment variable {VARIABLE}), or fetch the published one "
-                         f"(download_inception(), or --download; 95 MB); features that need no file: pixels, digits, patches")
+        raise ValueError(f"Inception needs its weights: name a file (weights=..., or the environment variable {VARIABLE}), or fetch the published one "
+                         "(download_inception(); 95 MB); features that need no file: pixels, digits, patches")
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no file of Inception's weights at {weights}")
     return Path(weights)

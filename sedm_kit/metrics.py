@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['feature_rows', 'FeatureStats', 'symmetric_root', 'covariance_factor', 'Moments', 'frechet_distance', 'fd',
-           'fd_of_rows', 'Estimate', 'fd_blocks', 'fd_with_error', 'Difference', 'paired_difference', 'real_floor',
-           'moment_map', 'match_moments', 'shape_sliced_wasserstein']
+           'fd_of_rows', 'Estimate', 'warn_if_few', 'fd_blocks', 'fd_with_error', 'Difference', 'paired_difference',
+           'real_floor', 'moment_map', 'match_moments', 'shape_sliced_wasserstein']
 
 # %% ../nbs/09_metrics.ipynb #4e9a0d57
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -258,8 +259,18 @@ def _as_stats(features):
     return features if isinstance(features, (FeatureStats, Moments)) else FeatureStats.of(features)
 
 
+def warn_if_few(
+    n: int,       # images of one set
+    dims: int,    # feature dimensions
+):
+    "Say what a distance of so few images is worth, and what would be better; silent where n > dims."
+    if n <= dims:
+        warnings.warn(f"{n} images for {dims} feature dimensions: the covariance is singular and most of the distance is bias; "
+                      f"take more than {dims} images, fewer dimensions, or the unbiased KID, which needs no covariance", stacklevel=4)
+
+
 def fd_blocks(
-    blocks,        # one entry per seed block: features (n, f), images (n, c, h, w) or FeatureStats; equal n
+    blocks,        # one entry per seed block: features (n, f), images (n, c, h, w) or FeatureStats; equal n, more than f (or a warning)
     reference,     # FeatureStats or Moments of the real data, or its features
 ) -> np.ndarray:   # (blocks,) float64, one FD per block
     "Fréchet distance of every block to the reference; the reference's root is taken once."
@@ -267,6 +278,8 @@ def fd_blocks(
     sizes = [block.n for block in blocks]
     if len(set(sizes)) > 1:
         raise ValueError(f"FD depends on the number of images: blocks must have equal size, got {sizes}")
+    if sizes:
+        warn_if_few(sizes[0], blocks[0].dim)
     mu, cov = reference.mean, reference.cov
     root = covariance_factor(cov)
     return np.array([frechet_distance(mu, cov, block.mean, block.cov, root1=root) for block in blocks])
@@ -320,19 +333,30 @@ def real_floor(
     n: int,                    # images per block, as in the estimate beside which it stands
     blocks: int = 5,           # number of blocks, >= 2
     seed: int = 0,             # of the draw
-    reference=None,            # FeatureStats or features to compare with; None: the real images themselves
+    reference=None,            # FeatureStats or features to compare with; None: the real images themselves; "others": n others of them
 ) -> Estimate:                 # FD that n perfect samples would show
     "Fréchet distance of real images against the reference, at the same n and the same number of blocks."
     real = torch.as_tensor(real)
     if n < 2 or blocks < 2:
         raise ValueError(f"the floor needs n >= 2 images and at least 2 blocks, got n={n} and blocks={blocks}")
     rng = torch.Generator().manual_seed(seed)
+    if isinstance(reference, str):
+        return _floor_of_splits(real, n, blocks, rng, reference)
     if reference is not None and blocks * n <= len(real):
         picked = torch.randperm(len(real), generator=rng)[: blocks * n]
     else:
         picked = torch.randint(len(real), (blocks * n,), generator=rng)
     picked = picked.view(blocks, n).to(real.device)
     return fd_with_error((real[rows] for rows in picked), real if reference is None else reference)
+
+
+def _floor_of_splits(real, n, blocks, rng, reference):
+    "Each block: n real images against n others, drawn anew."
+    if reference != "others" or 2 * n > len(real):
+        raise ValueError(f'expected reference="others" and at least 2 n images, got {reference!r} and {len(real)} images for n={n}')
+    splits = [real[torch.randperm(len(real), generator=rng)[: 2 * n].to(real.device)] for _ in range(blocks)]
+    warn_if_few(n, splits[0][0].numel())
+    return Estimate([fd_of_rows(split[:n], split[n:]) for split in splits], n)
 
 # %% ../nbs/09_metrics.ipynb #5c22a867
 def moment_map(

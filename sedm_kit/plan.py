@@ -71,8 +71,9 @@ class Plan:
             raise ValueError("a discriminator of your own goes with a model of your own; an embedded world has its own")
         if self.train_discriminator < 0 or (self.discriminator and self.train_discriminator):
             raise ValueError(f"give either a discriminator, or a number of steps to train one (0: none), got {self.discriminator!r} and {self.train_discriminator}")
-        if min(self.threads, self.micro_batch, self.split_images - 3) < 1:
-            raise ValueError(f"threads and micro_batch must be at least 1 and split_images 4, got {self.threads}, {self.micro_batch} and {self.split_images}")
+        for name, least in (("threads", 1), ("micro_batch", 1), ("split_images", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.diagnostics < 0 or 0 < self.diagnostics < 8:
             raise ValueError(f"diagnostics must be 0 (none) or at least 8 images, got {self.diagnostics}")
         if self.blocks < 2 or self.images < 2:

@@ -7,14 +7,13 @@ __all__ = ['check_sizes', 'influence', 'Score', 'fd_score', 'Change', 'bootstrap
 
 # %% ../nbs/09_resampling.ipynb #0bbf8d8b
 import math
-import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .metrics import Estimate, FeatureStats, Moments, _decimals, fd, fd_blocks, fd_of_rows, feature_rows, symmetric_root
+from .metrics import Estimate, FeatureStats, Moments, _decimals, fd, fd_of_rows, feature_rows, symmetric_root, warn_if_few
 
 # %% ../nbs/09_resampling.ipynb #e53aafee
 def check_sizes(
@@ -26,9 +25,7 @@ def check_sizes(
     "Refuse unequal numbers of images; warn where there are fewer of them than feature dimensions."
     if n != other and not unequal:
         raise ValueError(f"{n} images against {other}: distances depend on the number of images, so take {min(n, other)} of both (n={min(n, other)}), or allow it (unequal=True, --unequal)")
-    if min(n, other) <= dims:
-        warnings.warn(f"{min(n, other)} images for {dims} feature dimensions: the covariance is singular and most of the distance is bias; "
-                      f"take more than {dims} images, fewer dimensions, or the unbiased KID", stacklevel=3)
+    warn_if_few(min(n, other), dims)
 
 # %% ../nbs/09_resampling.ipynb #e22bfb6b
 def _whitened(rows):
@@ -76,10 +73,11 @@ class Score:
         return asdict(self)
 
     def __repr__(self):
-        digits = _decimals(self.error)
+        digits, exact = _decimals(self.error), self.value == self.error == 0
+        number = "0" if exact else f"{self.value:.3g} ± {self.error:.2g}" if digits > 8 else f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
         against = "a fixed reference" if self.n_reference is None else f"{self.n_reference} images"
         notes = [f"{self.n} images against {against}", self.variant, f"seeds {self.seeds or 'not recorded'}"]
-        return f"{self.measure} {self.value:.{digits}f} ± {self.error:.{digits}f} ({'; '.join(filter(None, notes))})"
+        return f"{self.measure} {number} ({'; '.join(filter(None, notes))})"
 
 
 def fd_score(
@@ -98,7 +96,10 @@ def fd_score(
     variance = influence(rows, other).var() / len(rows)
     if not known:
         variance += influence(other, rows).var().to(variance) / n_other
-    return Score(**{"measure": "FD", **notes}, value=fd_of_rows(rows, other), error=float(variance.sqrt()), n=len(rows), n_reference=n_other)
+    value, error = fd_of_rows(rows, other), float(variance.sqrt())
+    if max(value, error) < 1e-9 * float(rows.var(0).sum()):  # the same images: what is left is rounding
+        value = error = 0.0
+    return Score(**{"measure": "FD", **notes}, value=value, error=error, n=len(rows), n_reference=n_other)
 
 # %% ../nbs/09_resampling.ipynb #3a3fe688
 @dataclass(frozen=True, repr=False)
@@ -178,17 +179,22 @@ def fd_change(
 # %% ../nbs/09_resampling.ipynb #461c7b72
 def fd_infinity(
     blocks,                 # at least two seed blocks of equal size: features (n, f) or images
-    reference,              # FeatureStats or Moments of the real data, taken as fixed: its own bias stays
+    reference,              # FeatureStats or Moments of the real data, taken as fixed: its own bias stays; or as many blocks of real images, which are divided alike
     parts=(1, 2, 4),        # numbers of parts a block is divided into, at least two different ones
 ) -> Estimate:              # FD at n = infinity, one value per block
     "Fréchet distance without the bias of a finite number of images."
     blocks, parts = [feature_rows(block) for block in blocks], np.array(sorted(set(parts)))
     if len(parts) < 2 or parts[0] < 1 or len(blocks) < 2 or len({block.shape for block in blocks}) > 1:
         raise ValueError(f"expected at least 2 blocks of one shape and at least 2 numbers of parts, got shapes {[tuple(block.shape) for block in blocks]} and parts {parts.tolist()}")
+    known = isinstance(reference, (FeatureStats, Moments))
+    others = [reference] * len(blocks) if known else [feature_rows(block) for block in reference]
+    if not known and [block.shape for block in others] != [block.shape for block in blocks]:
+        raise ValueError(f"expected blocks of real images of the same shapes, got {[tuple(block.shape) for block in others]} and {[tuple(block.shape) for block in blocks]}")
     n, f = blocks[0].shape
     if n // parts[-1] < 2:
         raise ValueError(f"blocks of {n} images cannot be divided into {parts[-1]} parts of at least 2; expected larger blocks or fewer parts")
     check_sizes(n // int(parts[-1]), n // int(parts[-1]), f)
-    values = np.array([[fd_blocks(block[: n // p * p].view(p, n // p, f), reference).mean() for p in parts] for block in blocks])
+    cut = lambda rows, p: [rows] * p if isinstance(rows, (FeatureStats, Moments)) else rows[: n // p * p].view(p, n // p, f)
+    values = np.array([[np.mean([fd_of_rows(*pair) for pair in zip(cut(block, p), cut(other, p))]) for p in parts] for block, other in zip(blocks, others)])
     intercept = np.linalg.pinv(np.stack([np.ones(len(parts)), parts], 1))[0]
     return Estimate(values @ intercept, n)

@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import save_file
 
 from sedm_kit.command import main
-from sedm_kit.features import (FeatureMap, compare, extract, feature_map, feature_stats, fingerprint, holds_moments, read_moments, seed_blocks,
+from sedm_kit.features import (MEASURES, FeatureMap, choose, compare, compare_by, extract, feature_map, feature_stats, fingerprint, holds_moments, read_moments, seed_blocks,
                                write_moments)
 from sedm_kit.images import open_images, write_edm_zip, write_folder, write_npz
-from sedm_kit.metrics import FeatureStats, Moments, fd
+from sedm_kit.metrics import FeatureStats, Moments, fd, real_floor
+from sedm_kit.resampling import fd_infinity
+from sedm_kit.two_samples import kid, neighbours
 
 
 def pictures(n, seed=0, size=4):
@@ -168,6 +170,36 @@ def test_equal_numbers_are_enforced_and_n_chooses_as_edm_does():
         compare(a, b, n=55)
 
 
+def test_several_measures_are_those_of_the_library():
+    a, b, more = pictures(200), pictures(200, 1), pictures(430, 1)
+    found, left_out = compare_by(a, b, measures=MEASURES)
+    assert left_out == {} and list(found) == list(MEASURES)
+    assert found["fd"] == compare(a, b) and found["kid"] == kid(a, b, variant="pixels", seeds="") and found["precision"] == neighbours(a, b)
+    assert found["infinity"] == fd_infinity(a.view(5, 40, -1), b.view(5, 40, -1), (1, 2)) and found["floor"] == real_floor(b.flatten(1), 100, reference="others")
+    only, _ = compare_by(a, b, measures=["kid"])
+    assert list(only) == ["kid"]
+    wide, left_out = compare_by(a, more, n=200, seed=2)  # 200 compared, 200 others beside them
+    assert wide["floor"].block_size == 200 and "precision" not in wide and left_out == {}
+    picked = torch.cat([choose(open_images(more), 200, 2)[:], choose(open_images(more), 200, 2, skip=200)[:]])
+    assert len(picked.flatten(1).unique(dim=0)) == 400 and wide["floor"] == real_floor(picked.flatten(1), 200, seed=2, reference="others")
+
+
+def test_measures_that_cannot_be_had_are_named_before_features_are_computed(monkeypatch):
+    exact = Moments(np.zeros(16), np.eye(16) / 3)
+    found, left_out = compare_by(pictures(200), exact)
+    assert list(found) == ["fd", "infinity"] and set(left_out) == {"floor", "kid"}
+    found, left_out = compare_by(pictures(60), pictures(60, 1))
+    assert list(found) == ["fd", "floor", "kid"] and "at least 170 are needed in 16 dimensions" in left_out["infinity"]
+    with pytest.warns(UserWarning, match="16 images for 16 feature dimensions"):
+        assert "needs at least 32 real images, and there are 16" in compare_by(pictures(16), pictures(16, 1))[1]["floor"]
+    monkeypatch.setattr("sedm_kit.features.PAIRS", 100)
+    assert "ask for it by name" in compare_by(pictures(200), pictures(200, 1))[1]["kid"] and "kid" in compare_by(pictures(200), pictures(200, 1), measures=["kid"])[0]
+    monkeypatch.setattr("sedm_kit.features.extract", lambda *a, **k: pytest.fail("work had started"))
+    for measures, message in ((["precision"], "precision cannot be had: it compares single images"), ([], "got none"), (["fid"], "got 'fid'")):
+        with pytest.raises(ValueError, match=message):
+            compare_by(pictures(200), exact, measures=measures)
+
+
 def test_what_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(1, 5, 5\), expected \(1, 4, 4\)"):
         compare(pictures(30), pictures(30, size=5))
@@ -208,14 +240,40 @@ def test_the_command_prints_value_error_n_variant_and_seeds(tmp_path, capsys):
     write_edm_zip(tmp_path / "c.zip", images[20:])
     write_moments(tmp_path / "d.npz", FeatureStats.of(pictures(200, size=8)), "pixels")
     for other in ("b", "c.zip", "d.npz"):
-        with pytest.warns(UserWarning, match="for 64 feature dimensions"):
-            assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / other), "--features", "pixels", "--seeds", "0-39"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+        assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / other), "--features", "pixels", "--seeds", "0-39", "--measures", "fd"]) == 0
+    told = capsys.readouterr()
+    lines = told.out.splitlines()[::2]
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("FD ") and " ± " in lines[0]
     assert "40 images against 40 images; pixels; seeds 0-39" in lines[0] and "against 200 images" in lines[2]
-    with pytest.warns(UserWarning):
-        assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "b"), "--features", "digits", "--n", "30", "--cache", str(tmp_path / "kept")]) == 0
-    assert len(list((tmp_path / "kept").iterdir())) == 2
+    warned = told.err.splitlines()
+    assert len(warned) == 3 and all(line.startswith("sedm fid: warning: 40 images for 64 feature dimensions: ") and "KID" in line for line in warned)
+    assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "b"), "--features", "digits", "--n", "30", "--cache", str(tmp_path / "kept")]) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 2 and "  without floor: it needs at least 60 real images, and there are 40" in capsys.readouterr().out.splitlines()
+
+
+def test_the_command_says_what_else_must_be_known(tmp_path, capsys):
+    write_npz(tmp_path / "a.npz", (pictures(200) * 127 + 128).to(torch.uint8))
+    write_npz(tmp_path / "b.npz", (pictures(500, 1) * 127 + 128).to(torch.uint8))
+    write_moments(tmp_path / "c.npz", feature_stats(tmp_path / "b.npz"), "pixels")
+    call = lambda *words: (main(["fid", *(str(tmp_path / word) if word.endswith("npz") else word for word in words), "--features", "pixels"]), capsys.readouterr())
+    status, told = call("a.npz", "b.npz", "--n", "200")
+    assert status == 0 and told.err == ""
+    first, bias, floor, infinity, kernel = told.out.splitlines()
+    assert first.startswith("FD ") and "(200 images against 200 images; pixels; seeds not recorded)" in first and "bias" in bias and "standard error" in bias
+    assert floor.startswith("  floor: 200 real images against 200 others show FD ") and "about" not in floor
+    assert infinity.startswith("  extended to infinitely many images: FD ") and "on both sides; from 5 blocks of 40" in infinity
+    assert kernel.startswith("  KID ") and " ± " in kernel
+    status, told = call("b.npz", "b.npz")
+    assert status == 0 and told.out == "FD 0 (500 images against 500 images; pixels; seeds not recorded)\n  both sides hold the same images\n" and told.err == ""
+    _, told = call("a.npz", "c.npz")
+    assert "against 500 images" in told.out and "the bias of the reference stays" in told.out
+    assert [line.split(":")[0] for line in told.out.splitlines()[-2:]] == ["  without floor", "  without kid"] and "mean and covariance" in told.out
+    status, told = call("a.npz", "b.npz", "--unequal", "--measures", "kid,precision")
+    assert status == 0 and told.out.startswith("KID ") and "200 images against 500 images" in told.out and "recall 0." in told.out and "coverage 0." in told.out
+    status, told = call("a.npz", "b.npz", "--n", "120", "--measures", "floor")
+    assert told.out.startswith("  floor: 120 real images against 120 others") and told.out.count("\n") == 1
+    _, told = call("b.npz", "a.npz", "--unequal")
+    assert "floor: 100 real images against 100 others" in told.out and "falling like 1/n" in told.out and "for 200" in told.out
 
 
 def test_the_commands_mistakes_cost_one_line(tmp_path, capsys, monkeypatch):
@@ -224,7 +282,10 @@ def test_the_commands_mistakes_cost_one_line(tmp_path, capsys, monkeypatch):
     write_npz(tmp_path / "b.npz", (pictures(20) * 127 + 128).to(torch.uint8))
     write_npz(tmp_path / "c.npz", (torch.rand(30, 3, 4, 4) * 255).to(torch.uint8))
     np.savez(tmp_path / "d.npz", mu=np.zeros(9), sigma=np.eye(9))
-    for words, message in [(["a.npz", "a.npz"], "--download"), (["a.npz", "b.npz", "--features", "pixels"], "--unequal"),
+    for words, message in [(["a.npz", "a.npz"], "--weights FILE or in the environment variable SEDM_INCEPTION, or let --download"), (["a.npz", "a.npz", "--features", "vgg"], "--features: unknown 'vgg'; known: inception, pixels, digits, patches"),
+                           (["a.npz", "a.npz", "--features", "pixels", "--measures", "fd,fid"], "--measures: unknown 'fid'; known: fd, floor, infinity, kid, precision"), (["a.npz", "a.npz", "--n", "1"], "--n: expected a whole number, 2 or above, got '1'"),
+                           (["a.npz", "b.npz", "--features", "pixels", "--n", "20", "--measures", "infinity"], "infinity cannot be had: 20 images are too few to extend: at least 170"),
+                           (["a.npz", "a.npz", "--features", "pixels", "--measures", "fd,fd"], "different ones of"), (["a.npz", "a.npz", "--seed", "-1"], "--seed"), (["a.npz"], "required: real"), (["a.npz", "b.npz", "--features", "pixels"], "--unequal"),
                            (["a.npz", "c.npz", "--features", "pixels"], "expected (1, 4, 4)"), (["a.npz", "d.npz", "--features", "pixels"], "9 feature dimensions"),
                            (["c.npz", "c.npz", "--features", "digits"], "fail on torch.float32 images"), (["a.npz", "e.npz", "--features", "pixels"], "no such file"),
                            (["d.npz", "a.npz", "--features", "pixels"], "expected exactly one of")]:

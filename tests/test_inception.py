@@ -125,7 +125,7 @@ def test_devices_are_checked_for_all_features(name):
 
 def test_weights_errors_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.delenv("SEDM_INCEPTION", raising=False)
-    with pytest.raises(ValueError, match="SEDM_INCEPTION.*download_inception.*--download.*pixels"):
+    with pytest.raises(ValueError, match=r"weights=.*SEDM_INCEPTION.*download_inception\(\).*pixels"):
         load_inception()
     monkeypatch.setenv("SEDM_INCEPTION", str(tmp_path / "nothing.pth"))
     with pytest.raises(FileNotFoundError, match="nothing.pth"):

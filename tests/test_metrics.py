@@ -230,6 +230,23 @@ def test_unequal_blocks_and_single_blocks_are_refused():
             fd_with_error(blocks, reference)
 
 
+def heard(call, *arguments, **options):
+    "Messages of the warnings that a call gives."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*arguments, **options)
+    return [str(one.message) for one in caught]
+
+
+def test_few_images_are_said_once_with_the_remedy():
+    reference, few, enough = FeatureStats.of(normal(90, 8)), [normal(8, 8, seed) for seed in range(3)], [normal(9, 8, seed) for seed in range(3)]
+    expected = ["8 images for 8 feature dimensions: the covariance is singular and most of the distance is bias; take more than 8 images, fewer dimensions, or the unbiased KID, which needs no covariance"]
+    assert heard(fd_blocks, few, reference) == heard(fd_with_error, few, reference) == expected
+    assert heard(real_floor, normal(60, 8), 8) == heard(real_floor, normal(60, 8), 8, reference=reference) == heard(real_floor, normal(60, 8), 8, reference="others") == expected
+    assert heard(fd_infinity, torch.stack(few), reference, parts=(1, 2))[0].startswith("4 images for 8") and len(heard(fd_infinity, torch.stack(few), reference, parts=(1, 2))) == 1
+    assert heard(fd_blocks, enough, reference) == heard(real_floor, normal(60, 8), 9) == heard(real_floor, normal(60, 8), 9, reference="others") == []
+
+
 def test_intervals_cover_the_truth_at_the_nominal_rate():
     repeats, blocks, n, d = 600, 5, 100, 3
     reference = Moments(torch.zeros(d), torch.eye(d))
@@ -283,6 +300,19 @@ def test_floor_against_a_separate_reference_uses_every_image_once():
     assert sorted(order.flatten().tolist()) == list(range(60))
     with pytest.raises(ValueError, match="n=1 and blocks=3"):
         real_floor(real, n=1, blocks=3)
+
+
+def test_floor_of_two_disjoint_halves_has_the_bias_of_both():
+    real = normal(2000, 4, 1)
+    both = real_floor(real, n=500, blocks=20, reference="others")
+    assert both.block_size == 500 and both.mean == pytest.approx(2 * real_floor(real, n=500, blocks=20).mean, rel=0.25)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(4))
+    assert real_floor(real, n=1000, blocks=2, seed=4, reference="others").values[0] == pytest.approx(fd_of_rows(real[order[:1000]], real[order[1000:]]))
+    copies = real_floor(torch.ones(10, 1, 2, 2), n=5, blocks=2, reference="others")
+    assert copies.values == (0.0, 0.0)
+    for n, reference in ((1001, "others"), (100, "halves")):
+        with pytest.raises(ValueError, match="at least 2 n images"):
+            real_floor(real, n=n, reference=reference)
 
 
 @settings(max_examples=20, deadline=None)
@@ -427,6 +457,20 @@ def test_extrapolation_takes_the_bias_away_and_covers_the_truth():
     assert np.mean([one.mean for one in plain]) - truth > 10 * error  # the bias that was taken away
 
 
+def test_extrapolation_of_both_sides_takes_both_biases_away():
+    truth, found, one_sided = 4 * 0.2**2, [], []
+    for k in range(100):
+        blocks, real = normal(5 * 200, 4, k, scale=1.2).view(5, 200, 4), normal(5 * 200, 4, 7000 + k).view(5, 200, 4)
+        found.append(fd_infinity(blocks, real))
+        one_sided.append(fd_with_error(blocks, Moments(torch.zeros(4), torch.eye(4))))
+    error = np.std([one.mean for one in found]) / 100**0.5
+    assert abs(np.mean([one.mean for one in found]) - truth) < 3 * error
+    assert abs(np.mean([abs(one.mean - truth) < one.ci for one in found]) - 0.95) < 0.07
+    assert np.mean([one.mean for one in one_sided]) - truth > 5 * error
+    with pytest.raises(ValueError, match="blocks of real images of the same shapes"):
+        fd_infinity(blocks, real[:4])
+
+
 def test_bootstrap_draws_groups_together_and_shares_draws():
     rows, exact = normal(30, 2), Moments(torch.zeros(2), torch.eye(2))
     both = bootstrap_fds([rows, rows], exact, draws=7)
@@ -448,6 +492,15 @@ def test_changes_and_scores_print_and_serialise():
     assert change.resolution == change.value / change.error and fd_change(a, a, exact).resolution == 0
     assert json.loads(json.dumps(score.as_dict()))["variant"] == "normals"
     assert repr(score).startswith("FD 0.") and "(100 images against a fixed reference; normals; seeds 0 to 99)" in repr(score)
+
+
+def test_the_same_images_are_at_a_plain_zero():
+    rows = normal(50, 4)
+    for other in (rows, rows.flip(0), rows + 1e-9):
+        score = fd_score(rows, other)
+        assert score.value == score.error == 0 and repr(score) == "FD 0 (50 images against 50 images; seeds not recorded)"
+    small = fd_score(1e-6 * rows, 1e-6 * rows + 1e-8)
+    assert small.value > 0 and "e-1" in repr(small)  # small is not the same, and not a row of zeros
 
 
 def test_sizes_are_checked():

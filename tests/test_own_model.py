@@ -140,8 +140,9 @@ def test_an_adm_checkpoint_with_classes(home, tmp_path):
 
 def test_what_adms_file_does_not_show_is_asked_for(home, tmp_path, capsys):
     assert command.main(["study", *WORDS, "--model", str(home / "adm.pt"), "--data", str(home / "images.npz"), "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert "sedm convert" in told and "image_size" in told and told.count("\n") == 1
+    warned, told = capsys.readouterr().err.splitlines()
+    assert "sedm convert" in told and "image_size" in told and told.startswith("sedm study: ")
+    assert warned.startswith("sedm study: warning: ") and "does not show image_size=32, num_head_channels=32" in warned
 
 
 @pytest.mark.parametrize("model, data, suffix", [("edm.pkl", "images.npz", ""), ("classes.pkl", "labelled.zip", "-classes"), ("classes.pkl", "labelled.zip", "")])
@@ -268,7 +269,7 @@ MISTAKES = {  # what is wrong -> (options, part of the message)
     "NaN among the weights": ("--model nan.pkl --data images.npz", "not finite"),
     "a model that answers NaN": ("--model overflow.pkl --data images.npz", "the denoiser returns values that are not finite"),
     "another schedule": ("--model adm.pt --data images.npz --schedule square", "square"),
-    "negative training": ("--model edm.pkl --data images.npz --train-discriminator -5", "and -5"),
+    "negative training": ("--model edm.pkl --data images.npz --train-discriminator -5", "--train-discriminator: expected a whole number, 0 or above, got '-5'"),
     "two discriminators": ("--model edm.pkl --data images.npz --classifier classifier.pt --discriminator head.pt --train-discriminator 5", "either"),
 }
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -179,20 +180,36 @@ def test_a_failing_write_leaves_nothing_half_written(results, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("words, message", [
-    (["study", "--world", "mnist"], "unknown world 'mnist'; known: digits, patches"),
-    (["study", "--solver", "euler,rk9"], "unknown solver 'rk9'"),
-    (["study", "--steps", "0"], "at least 1, got 0"),
+    (["study", "--world", "mnist"], "--world: unknown 'mnist'; known: digits, patches"),
+    (["study", "--solver", "euler,rk9"], "--solver: unknown 'rk9'; known: euler, heun, "),
+    (["study", "--steps", "0"], "--steps: expected a whole number, 1 or above, got '0'"),
+    (["study", "--steps", "2.5"], "--steps: expected a whole number, 1 or above, got '2.5'"),
     (["study", "--solver", "euler,euler"], "different names"),
     (["study", "--device", "tpu"], "'cpu' or 'cuda', got 'tpu'"),
-    (["study", "--lambda", "0"], "positive"),
-    (["study", "--lambda", "nan"], "finite"),
-    (["study", "--w-dg", "inf"], "finite"),
-    (["study", "--images", "1"], "at least 2"),
-    (["study", "--blocks", "1"], "at least 2 blocks"),
+    (["study", "--lambda", "0"], "--lambda: expected a number above 0; 1 is neutral, got '0'"),
+    (["study", "--lambda", "nan"], "above 0; 1 is neutral, got 'nan'"),
+    (["study", "--lambda", "-1"], "above 0; 1 is neutral, got '-1'"),
+    (["study", "--w-dg", "inf"], "--w-dg: expected a number, 0 (no guidance) or above, got 'inf'"),
+    (["study", "--w-dg", "-2"], "or above, got '-2'"),
+    (["study", "--images", "1"], "--images: expected a whole number, 2 or above, got '1'"),
+    (["study", "--images", "0"], "2 or above, got '0'"),
+    (["study", "--blocks", "1"], "--blocks: expected a whole number, 2 or above"),
+    (["study", "--threads", "0"], "--threads: expected a whole number, 1 or above, got '0'"),
+    (["study", "--micro-batch", "x"], "--micro-batch: expected a whole number, 1 or above, got 'x'"),
+    (["study", "--diagnostics", "3"], "diagnostics must be 0 (none) or at least 8 images, got 3"),
+    (["study", "--seed", "-1"], "--seed: expected a whole number, 0 or above, got '-1'"),
+    (["study", "--out"], "--out: expected one argument"),
+    (["study", "--mysterious", "1"], "unrecognized arguments: --mysterious 1   ('sedm study --help' tells more)"),
+    (["tune", "--seeds", "-4"], "--seeds: expected a whole number, 80 or above, got '-4'"),
+    (["tune", "--threads", "0"], "--threads: expected a whole number, 1 or above"),
+    (["tune", "--tolerance", "nan"], "--tolerance: expected a share of the distance, 0 or above and below 1, got 'nan'"),
+    (["tune", "--tolerance", "-0.1"], "below 1, got '-0.1'"),
+    (["tune", "--by", "pixels"], "--by: unknown 'pixels'; known: pixel, feature"),
+    (["tune", "--solver", "euler,heun"], "unknown solver 'euler,heun'"),
     (["studdy"], "unknown command 'studdy'"),
 ])
 def test_mistakes_give_one_line(words, message, capsys, tmp_path):
-    assert command.main([*words, *(["--out", str(tmp_path / "out")] if words[0] == "study" else [])]) == 2
+    assert command.main([words[0], *(["--out", str(tmp_path / "out")] if words[0] != "studdy" else []), *words[1:]]) == 2
     complaint = capsys.readouterr().err
     assert message in complaint and complaint.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -216,6 +233,42 @@ def test_help_names_every_option(capsys):
     for option in ("--world", "--solver", "--steps", "--images", "--lambda", "--w-dg", "--device", "--out", "--blocks", "--seed", "--diagnostics"):
         assert re.search(rf"{option} .*", text), option
     assert "_" not in re.sub(r"sedm_study", "", text)
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_help_lists_choices_and_says_every_default_once(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: )" not in text and "()" not in text and "False" not in text and "SUPPRESS" not in text and "--pdb" not in text
+    for option, action in command.parser_of(command.COMMANDS[name])._option_string_actions.items():
+        if action.dest in command.CHOICES:
+            assert f"(choices: {', '.join(command.CHOICES[action.dest])}" in text, option
+            assert action.default is None or all(part in command.CHOICES[action.dest] for part in action.default.split(",")), option
+        assert action.default in (None, False, "==SUPPRESS==") or f"default: {action.default}" in action.help, option
+
+
+def test_defaults_pass_their_own_checks():
+    for function in command.COMMANDS.values():
+        for action in command.parser_of(function)._actions:
+            if action.type is not None and action.default is not None and action.option_strings:
+                assert action.type(str(action.default)) == action.default
+
+
+def test_warnings_are_lines_of_the_command_each_once(tmp_path, capsys, monkeypatch):
+    def noisy(plan):
+        for text in ("careful", "careful", "twice"):
+            warnings.warn(text)
+        raise ValueError("stopped")
+    monkeypatch.setattr(command, "run_study", noisy)
+    assert command.main(["study", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "sedm study: warning: careful\nsedm study: warning: twice\nsedm study: stopped\n"
+
+
+@pytest.mark.parametrize("field, least", [("threads", 1), ("micro_batch", 1), ("split_images", 4)])
+def test_a_plan_names_the_field_that_is_wrong(field, least):
+    with pytest.raises(ValueError, match=f"^{field} must be at least {least}, got {least - 1}$"):
+        Plan(**{field: least - 1})
 
 
 def test_the_control_suits_the_number_of_images(results):

@@ -15,6 +15,7 @@ from pathlib import Path
 from shutil import copy2
 
 import cells
+import package_notebook
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +156,11 @@ def readme_current(root: Path) -> list:
     return readme.problems(root)
 
 
+def packaged_notebook(root: Path) -> list:
+    "The notebook inside the package, which `sedm lab` opens, is the one in nbs/."
+    return package_notebook.problems(root)
+
+
 # ---- gates on modules
 
 def house_numbers(root: Path) -> dict:
@@ -230,7 +236,7 @@ def private_names(root: Path) -> list:
 
 
 GATES = (notebook_size, notebook_outputs, notebook_executed, picture_words, house_order, lengths, one_version, private_names,
-         readme_current, export_and_clean)
+         readme_current, packaged_notebook, export_and_clean)
 
 
 def main() -> int:

@@ -33,12 +33,18 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, index, **kwargs)
 
 
+def is_widget(output) -> bool:
+    "Whether an output is a widget, shown by a kernel."
+    return any("widget-view" in kind for kind in output.get("data", {}))
+
+
 def drop_widgets(notebook):
-    "Take out widget state and widgets (progress bars are widgets): without a kernel they show nothing."
+    "Take out widget state and widgets (progress bars are widgets), which show nothing without a kernel; a still picture beside one stays."
     notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not any("widget-view" in kind for kind in o.get("data", {}))]
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.outputs = [output for output in cell.outputs if not is_widget(output) or "image/png" in output.data]
+        for output in filter(is_widget, cell.outputs):
+            output.data = {kind: value for kind, value in output.data.items() if "widget" not in kind}
 
 
 def run(path: Path):
