@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SHOWN', 'ENOUGH', 'LARGEST', 'TRAINING', 'GRID', 'SURFACE_SEED', 'Knobs', 'guidance_of', 'sampler_arguments',
-           'window_text', 'Preview', 'first_levels', 'Previews', 'stored_surface', 'measured_surface', 'ridge_line',
-           'best_found', 'automatic_lambda', 'code_of']
+           'window_text', 'spaces_of', 'Preview', 'first_levels', 'Previews', 'stored_surface', 'measured_surface',
+           'space_of', 'ridge_line', 'best_found', 'automatic_lambda', 'code_of']
 
 # %% ../nbs/15_previews.ipynb #34dfb8cb
 import math
@@ -24,7 +24,7 @@ from .metrics import Estimate, paired_difference
 from .noise import vp_sigma
 from .plan import study_sigmas
 from .sampler import Churn, LinearScaling, check_stirring, churned_level, count_evaluations, find_solver, lambda_table, sample_seeds
-from .tuning import distances, grid, lowest, parabola_minimum, targets
+from .tuning import SPACES, distances, grid, lowest, parabola_minimum, targets
 from .worlds import WORLDS, World
 
 # %% ../nbs/15_previews.ipynb #4a99f502
@@ -99,6 +99,13 @@ LARGEST = 1024    # values per image above which pixel distances are left out: t
 TRAINING = 256    # real images behind the norms of training
 
 
+def spaces_of(
+    world: World,
+) -> tuple:        # of "pixel" and "feature"
+    "Where distances can be measured while somebody waits."
+    return SPACES if world.train[0].numel() <= LARGEST else SPACES[1:]
+
+
 @dataclass(frozen=True)
 class Preview:
     "What one setting leads to, beside the plain run of the same seeds."
@@ -168,7 +175,7 @@ class Previews:
     def _distances(self, images):
         "Distances to the training images, without the bias of few images."
         if self.real is None:
-            self.real = {space: target for space, target in targets(self.world).items() if space != "pixel" or self.world.train[0].numel() <= LARGEST}
+            self.real = targets(self.world, spaces_of(self.world))
         found = distances(self.world, images, self.real)
         return {space: Estimate(values["parts"].tolist(), len(images) // len(values["parts"])) for space, values in found.items()}
 
@@ -193,7 +200,7 @@ def measured_surface(
     world: World,
     knobs: Knobs,                      # solver, discriminator
     tell: Callable = lambda share: None,  # share that is done; may raise
-) -> dict:                             # as from grid
+) -> dict:                             # as from grid, in one space: pixels, or features where images are large
     "A coarse surface for the solver and the steps of a setting, churn and window aside."
     weights = GRID["weights"] if (knobs.guide or knobs.solver) in world.log_ratio else (0.0,)
     total, asked = len(GRID["lambdas"]) * len(weights) * GRID["n"] * count_evaluations(knobs.solver, knobs.steps), []
@@ -201,24 +208,29 @@ def measured_surface(
         asked.append(images)
         tell(sum(asked) / total)
     seeds, watched = range(SURFACE_SEED, SURFACE_SEED + GRID["n"]), replace(world, denoiser=Watched(world.denoiser, count))
-    return grid(watched, seeds, study_sigmas(world.denoiser, knobs.steps), solver=knobs.solver, lambdas=GRID["lambdas"], weights=weights, guide=knobs.guide, micro_batch=GRID["n"], device=world.train.device, progress=False)
+    return grid(watched, seeds, study_sigmas(world.denoiser, knobs.steps), solver=knobs.solver, lambdas=GRID["lambdas"], weights=weights, guide=knobs.guide, spaces=spaces_of(world)[:1], micro_batch=GRID["n"], device=world.train.device, progress=False)
+
+
+def space_of(
+    surface: dict,   # as above
+) -> str:            # "pixel", or "feature"
+    "The space that a surface was measured in."
+    return next(space for space in SPACES if space in surface)
 
 
 def ridge_line(
     surface: dict,        # as above
-    space: str = "pixel",
 ) -> np.ndarray:          # (weights,) best lambda for every weight; at an end of the grid, that end
     "The ridge of a surface."
-    return np.array([parabola_minimum(surface["lambdas"], column) for column in surface[space].T])
+    return np.array([parabola_minimum(surface["lambdas"], column) for column in surface[space_of(surface)].T])
 
 # %% ../nbs/15_previews.ipynb #4ca91886
 def best_found(
     knobs: Knobs,
     surface: dict,         # as from stored_surface or measured_surface
-    space: str = "pixel",
 ) -> Knobs:                # lambda and w replaced by those of the lowest point
     "The best point of a surface."
-    found = lowest(surface, space)
+    found = lowest(surface, space_of(surface))
     return replace(knobs, scaling=round(found["lambda"], 4), w=found["w"], w_later=0.0, window=(0.01, 1.0))
 
 

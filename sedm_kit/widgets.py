@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from .checkpoints import write_atomically
 from .live import DRAWING, Latest, LivePlot, encode_png, picture_of_differences, picture_of_images
 from .live_controls import Live, Number, picture, side_by_side
-from .previews import Knobs, Preview, Previews, automatic_lambda, best_found, code_of, measured_surface, ridge_line, sampler_arguments, stored_surface, window_text
+from .previews import Knobs, Preview, Previews, automatic_lambda, best_found, code_of, measured_surface, ridge_line, sampler_arguments, space_of, stored_surface, window_text
 from .sampler import SOLVERS, Churn, LinearScaling, lambda_table
 from .worlds import WORLDS, World, load_world
 
@@ -62,7 +62,7 @@ class SurfaceMap:
             self.ax.text(0.5, 0.5, missing, ha="center", va="center", fontsize=8, wrap=True)
             self.ax.set_axis_off()
         else:
-            (self._heat if surface["pixel"].shape[1] > 1 else self._line)(surface)
+            (self._heat if len(surface["weights"]) > 1 else self._line)(surface)
             self.ax.tick_params(labelsize=7)
             self.ax.set_xlabel("λ", fontsize=8)
         self.canvas.draw()
@@ -70,7 +70,7 @@ class SurfaceMap:
 
     def _heat(self, surface):
         "Distance as colour, with the ridge and the lowest point."
-        lambdas, weights, values = surface["lambdas"], surface["weights"], surface["pixel"]
+        lambdas, weights, values = surface["lambdas"], surface["weights"], surface[space_of(surface)]
         heat = self.ax.pcolormesh(lambdas, weights, np.log10(values).T, cmap="viridis_r", shading="gouraud")
         ticks = np.geomspace(values.min(), values.max(), 4)
         bar = self.figure.colorbar(heat, ax=self.ax)
@@ -79,13 +79,13 @@ class SurfaceMap:
         self.ax.plot(ridge_line(surface), weights, "o-", color="#d62728", markersize=3, linewidth=1)
         best = best_found(Knobs(), surface)
         self.ax.plot(best.scaling, best.w, "*", color="#ffd92f", markeredgecolor="black", markersize=10)
-        self.ax.set_title(f"pixel FD, n = {surface['n']}; red: best λ per w", fontsize=8)
+        self.ax.set_title(f"{space_of(surface)} FD, n = {surface['n']}; red: best λ per w", fontsize=8)
         self.ax.set_ylabel("w", fontsize=8)
 
     def _line(self, surface):
         "Distance over lambda, where there is no discriminator; the mark stands on the axis."
-        self.ax.plot(surface["lambdas"], surface["pixel"][:, 0], "o-", color="#d62728", markersize=3)
-        self.ax.set_title(f"pixel FD, n = {surface['n']}", fontsize=8)
+        self.ax.plot(surface["lambdas"], surface[space_of(surface)][:, 0], "o-", color="#d62728", markersize=3)
+        self.ax.set_title(f"{space_of(surface)} FD, n = {surface['n']}", fontsize=8)
         self.ax.set_ylim(0, None)
 
 # %% ../nbs/15_widgets.ipynb #9067e485
@@ -115,7 +115,7 @@ class Controls(widgets.VBox):
         self.shape = _choice("λ is", SHAPES, "sedm-shape", "how lambda changes over the steps")
         self.lam = Number("λ", 1.0, 0.95, 1.08, 0.001, "lambda, divisor of epsilon; 1 is neutral", "sedm-lambda")
         self.slope = Number("λ per step", 0.0, -0.004, 0.004, 0.0001, "growth of lambda per step; step 0 is the highest noise", "sedm-slope")
-        self.handles = widgets.HBox(layout={"width": "340px", "overflow": "auto hidden", "height": "170px"}).add_class("sedm-handles")
+        self.handles = widgets.HBox(layout={"overflow": "auto hidden", "height": "172px", "flex": "0 0 auto"}).add_class("sedm-handles")  # shown by whoever has room for them
         self.w = Number("w first", 0.0, 0.0, 5.0, 0.05, "weight of discriminator guidance at a step's first evaluation", "sedm-w")
         self.w_later = Number("w later", 0.0, 0.0, 5.0, 0.05, "weight at a step's further evaluations", "sedm-w-later")
         self.window = widgets.FloatRangeSlider(value=(0.01, 1.0), min=0.0, max=1.0, step=0.01, description="window", tooltip="where guidance acts, in VP time", readout_format=".2f",
@@ -128,7 +128,7 @@ class Controls(widgets.VBox):
                                                                                 ("S noise", 1.0, "inflation of the added noise", "sedm-s-noise")))
         churn = widgets.Accordion([widgets.VBox([self.s_churn, self.s_min, self.s_max, self.s_noise])], titles=["churn"])
         self.values = [self.world, self.solver, self.steps, self.seed, self.shape, self.lam, self.slope, self.w, self.w_later, self.window, self.guide, self.s_churn, self.s_min, self.s_max, self.s_noise]
-        super().__init__([self.world, self.solver, self.steps, self.seed, self.shape, self.lam, self.slope, self.handles, self.w, self.w_later, self.window, self.window_note, self.guide, churn], layout={"width": "352px", "flex": "0 0 auto"})
+        super().__init__([self.world, self.solver, self.steps, self.seed, self.shape, self.lam, self.slope, self.w, self.w_later, self.window, self.window_note, self.guide, churn], layout={"width": "352px", "flex": "0 0 auto"})
         self.handle_moved = None  # called when one of the handles per step is moved
 
     def read(self,
@@ -255,7 +255,7 @@ class Tuner(Live):
         self.surfaces, self.shown, self.note, self.counts = {}, None, "", counts
         self.measuring = Latest([self._measure], self._failed)
         right = widgets.VBox([self.view, self.images, self.curves, widgets.HBox([self.map, self.table]), self.code], layout={"flex": "1 1 auto"})
-        super().__init__([*self.controls.values, self.view], [lambda request, check, n=n: self._stage(request, n, check) for n in counts], [widgets.HBox([widgets.VBox([self.controls, self._buttons()]), right])])
+        super().__init__([*self.controls.values, self.view], [lambda request, check, n=n: self._stage(request, n, check) for n in counts], [self.controls.handles, widgets.HBox([widgets.VBox([self.controls, self._buttons()], layout={"flex": "0 0 auto"}), right])])
         self.controls.handle_moved = self._changed
         self.set(lambda: self._begin(first))
 
@@ -365,7 +365,7 @@ class Tuner(Live):
         finally:
             self.buttons["measure surface"].description = "measure surface"
             self.progress(None)
-        self.note = f"Surface measured: {found['pixel'].size} points of {found['n']} images, seeds {found['seeds'][0]} to {found['seeds'][1]}."
+        self.note = f"Surface measured: {len(found['lambdas']) * len(found['weights'])} points of {found['n']} images, seeds {found['seeds'][0]} to {found['seeds'][1]}."
         self._changed()
 
     def press_auto(self):

@@ -272,7 +272,7 @@ def test_latency(tuner, capsys):
     tuner.says("1000 images")
     measure = """async ([drag]) => {
         const image = document.querySelector('.sedm-images img, img.sedm-images'), status = document.querySelector('.sedm-status'), field = [...document.querySelectorAll('.sedm-lambda input')].at(-1), times = [];
-        const until = test => new Promise(done => { const look = () => test() ? done() : setTimeout(look, 2); look(); });
+        const until = test => new Promise((done, failed) => { const begun = performance.now(), look = () => test() ? done() : performance.now() - begun > 20000 ? failed(new Error(`waited for ${test}; the status says ${status.textContent}, the field ${field.value}`)) : setTimeout(look, 2); look(); });
         for (let k = 0; k < 15; k++) {
             const before = image.src, start = performance.now();
             const value = (1.001 + 0.001 * k + (drag ? 0 : 0.0005)).toFixed(4);

@@ -86,6 +86,18 @@ def test_measuring_a_surface_tells_and_stops():
         measured_surface(DIGITS, Knobs(), stop)
 
 
+def test_large_images_are_compared_in_features():
+    images = torch.rand(40, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    world = world_from(images, lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2), name="large")
+    found = Previews(world).run(Knobs(steps=2, scaling=1.1), 128)
+    assert set(found.distances) == {"feature"}
+    surface = measured_surface(world, Knobs(steps=2))
+    assert "pixel" not in surface and surface["feature"].shape == (5, 1)
+    assert 0.97 <= best_found(Knobs(steps=2), surface).scaling <= 1.05
+    with pytest.raises(ValueError, match="too large for their spectrum"):
+        automatic_lambda(Knobs(), world)
+
+
 def test_window_in_words():
     assert "of 18 steps guided" in window_text(Knobs(), DIGITS) and window_text(Knobs(window=(0.98, 0.99)), DIGITS).endswith("0 of 18 steps guided")
 
