@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'LADDER', 'one_thread', 'Stale', 'Latest', 'Watched', 'Recent', 'encode_png', 'picture_of_images',
-           'picture_of_differences', 'rung', 'LivePlot']
+           'picture_of_differences', 'rung', 'distinct', 'LivePlot']
 
 # %% ../nbs/15_live.ipynb #5835acb4
 import atexit
@@ -19,13 +19,14 @@ from contextlib import contextmanager
 
 import matplotlib.image
 import numpy as np
+import seaborn as sns
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .analytic import ask
-from .plots import looks, mosaic
+from .plots import mosaic
 
 # %% ../nbs/15_live.ipynb #90709f4f
 _counting, _inside = threading.Lock(), []  # who works with one thread, and what torch had before
@@ -215,18 +216,28 @@ def rung(
     return next((step for step in LADDER if step >= reach), LADDER[-1])
 
 
+def distinct(
+    names: Sequence[str],   # at most seven
+) -> dict:                  # name -> dict(color, marker, linestyle)
+    "A colour and a marker of its own for each curve, told apart by colour-blind eyes and without colours."
+    names, colors = list(names), sns.color_palette("colorblind").as_hex()
+    if len(names) > 7:
+        raise ValueError(f"at most 7 curves can be told apart, got {len(names)}")
+    return {name: dict(color=colors[k], marker=marker, linestyle="-") for name, k, marker in zip(names, (0, 3, 2, 1, 4, 5, 9), "osD^vPX")}
+
+
 class LivePlot:
     "Panels of curves over noise, drawn on a kept background."
     def __init__(self,
         titles: Sequence[str],        # one per panel
-        names: Sequence[str],         # curves, in the order of the legend
+        names: Sequence[str],         # curves, in the order of the legend; at most seven
         size: tuple = (620, 250),     # width and height in pixels
         middle: float = 1.0,          # value that each panel is centred on, with a dashed line
         xlabel: str = "noise level σ",
         falling: bool = True,         # noise falls to the right
     ):
         self.figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout="constrained")
-        self.canvas, self.middle, self.looks, self.limits = FigureCanvasAgg(self.figure), middle, looks(list(names)), None
+        self.canvas, self.middle, self.looks, self.limits = FigureCanvasAgg(self.figure), middle, distinct(names), None
         self.panels = self.figure.subplots(1, len(titles), squeeze=False)[0]
         for ax, title in zip(self.panels, titles):
             ax.axhline(middle, color="0.35", linestyle="--", linewidth=1)
@@ -260,14 +271,19 @@ class LivePlot:
 
     def _redraw(self, limits):
         "Draw axes and text, and keep the pixels."
-        (low, high), reaches = self.limits = limits
+        self.limits = limits
+        self._set_ends(limits)
+        self.canvas.draw()
+        self.figure.set_layout_engine("none")  # laid out once: doing it again would be the slowest part by far
+        self.background = self.canvas.copy_from_bbox(self.figure.bbox)
+
+    def _set_ends(self, limits):
+        "Let the axes reach as far as the limits say."
+        (low, high), reaches = limits
         for ax, reach in zip(self.panels, reaches):
             ends = (low / 1.3, high * 1.3)
             ax.set_xlim(ends[::-1] if ax.xaxis_inverted() else ends)
             ax.set_ylim(self.middle - 1.08 * reach, self.middle + 1.08 * reach)
-        self.canvas.draw()
-        self.figure.set_layout_engine("none")  # laid out once: doing it again would be the slowest part by far
-        self.background = self.canvas.copy_from_bbox(self.figure.bbox)
 
     def _line(self, ax, sigma, value, error, look):
         "One curve with its band, on top of the background; it leaves nothing behind."

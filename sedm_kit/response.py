@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REACH', 'FEWEST', 'jackknifed', 'doehlert', 'polynomial', 'lowest_point', 'curvature', 'Fit', 'fit_region', 'stages',
-           'check_box', 'search', 'quantile_95']
+           'check_box', 'check_budget', 'search', 'quantile_95']
 
 # %% ../nbs/12_response.ipynb #70765cf1
 import itertools
@@ -168,6 +168,19 @@ def check_box(
     return list(box), np.array([tuple(map(float, bounds)) for bounds in box.values()])
 
 
+def check_budget(
+    most: int | None,        # images that may be taken; None: no limit
+    images: Sequence[int],   # images per point, region by region
+    d: int,                  # number of parameters
+    aside: int = 0,          # images that something else takes
+) -> float:                  # images left for regions; ValueError if they are fewer than the planned regions take
+    "What regions may cost."
+    plan = len(doehlert(d)) * sum(images)
+    if most is not None and not plan + aside <= most:
+        raise ValueError(f"max_images must be at least the {plan + aside} images of a search in which no region moves, got {most!r}: allow more images, or take fewer seeds")
+    return math.inf if most is None else most - aside
+
+
 def search(
     measure: Callable,      # (points: list of dicts, n) -> list of (groups,) pseudo-values; point k and every other point from the same seeds
     box: dict,              # name -> (low, high): where the search starts, and where it ends unless it may extend
@@ -177,13 +190,14 @@ def search(
     position_tolerance: dict | None = None,  # name -> half-width of the 95 % interval: done only when these hold; None: the loss decides
     hard: dict | None = None,  # name -> (low, high); given, the search may follow the optimum out of the box, up to these
     moves: int = 6,         # regions that may be measured in addition, when the optimum lies outside of one
+    max_images: int | None = None,  # images that all regions together may take; None: as many as the moves take
     progress: Callable = lambda fit: None,  # is told every fit
-) -> tuple:                 # list of Fits, and why it ended: "loss", "position", "seeds" or "moves"
+) -> tuple:                 # list of Fits, and why it ended: "loss", "position", "seeds", "moves" or "images"
     "Find the lowest point of a noisy surface by quadratics over shrinking regions."
     names, start = check_box(box, hard or {})
     limits = start if hard is None else np.array([hard.get(name, (-math.inf, math.inf)) for name in names])
     center, half, fits, stage, last = start.mean(1), np.diff(start)[:, 0] / 2, [], 0, None
-    design = doehlert(len(names))
+    design, left = doehlert(len(names)), check_budget(max_images, images, len(names))
     while True:
         center = np.clip(center, limits[:, 0] + half, limits[:, 1] - half)
         points = center + design * half
@@ -191,16 +205,25 @@ def search(
         fit = fit_region(Fit(names, center, half, images[stage], points.round(6), np.array(parts)), limits, last)
         fits.append(fit)
         progress(fit)
-        center = fit.best
-        if not fit.inside and moves > 0:
+        center, left = fit.best, left - len(points) * images[stage]
+        affordable = left >= len(points) * sum(images[stage:])  # this region elsewhere, and all that are still to come
+        if not fit.inside and moves > 0 and affordable:
             moves -= 1
             continue
-        if reached := _reached(fit, loss_tolerance, position_tolerance, len(fits)):
-            return fits, reached
-        if not fit.inside or stage + 1 == len(images):
-            return fits, "moves" if not fit.inside else "seeds"
+        if ended := _ended(fit, loss_tolerance, position_tolerance, stage + 1 == len(images), affordable, len(fits)):
+            return fits, ended
         stage, last = stage + 1, fit
-        half = np.clip(2.5 * np.sqrt(np.diag(fit.covariance)), 0.3 * half, 0.6 * half)
+        if fit.inside:  # else the optimum was left behind: the next region is as large as this one
+            half = np.clip(2.5 * np.sqrt(np.diag(fit.covariance)), 0.3 * half, 0.6 * half)
+
+
+def _ended(fit, loss_tolerance, position_tolerance, all_stages, affordable, measured):
+    "Why the search is over, if it is."
+    if not fit.inside and affordable:
+        return "moves"
+    if all_stages and not fit.inside:
+        return "images"
+    return _reached(fit, loss_tolerance, position_tolerance, measured) or ("seeds" if all_stages else None)
 
 
 def _reached(fit, loss_tolerance, position_tolerance, measured):

@@ -9,6 +9,7 @@ __all__ = ['LABELS', 'heat_map', 'ridge_plot', 'search_map', 'search_steps']
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from .plots import WIDTH, looks
@@ -27,14 +28,13 @@ def heat_map(
     space: str = "pixel",     # which distance
     ax: Axes | None = None,   # None: a new figure
 ) -> Axes:
-    "Distances of a grid, with its ridge and the error bars of that."
-    lambdas, weights, values = (np.asarray(surface[key]) for key in ("lambdas", "weights", space))
+    "Distances of a grid without their 1/n bias (means of the pseudo-values), with its ridge and the error bars of that."
+    lambdas, weights, values = np.asarray(surface["lambdas"]), np.asarray(surface["weights"]), np.asarray(surface["parts"][space]).mean(-1)
     if min(values.shape) < 2:
         raise ValueError(f"a heat map needs at least 2 lambdas and 2 weights, got {len(lambdas)} and {len(weights)}")
     ax = plt.subplots(figsize=(0.75 * WIDTH, 3.6))[1] if ax is None else ax
-    picture = ax.pcolormesh(lambdas, weights, np.log10(values).T, cmap="viridis_r", shading="nearest")
-    bar, ticks = ax.figure.colorbar(picture, ax=ax, label=f"FD, {space}s"), np.geomspace(values.min(), values.max(), 4)
-    bar.set_ticks(np.log10(ticks), labels=[f"{tick:.2g}" for tick in ticks])
+    picture = ax.pcolormesh(lambdas, weights, values.T, norm=PowerNorm(0.5), cmap="viridis_r", shading="nearest")  # no logarithm: few images may give values below 0
+    ax.figure.colorbar(picture, ax=ax, label=f"FD, {space}s, without 1/n bias")
     line = ridge({**surface, "lambdas": lambdas, "weights": weights, "parts": {space: np.asarray(surface["parts"][space])}}, space)
     inside = ~line["at_edge"]
     best = [[getattr(v, key) for v in line["lambda"]] for key in ("mean", "ci")]
@@ -55,7 +55,7 @@ def ridge_plot(
         inside = ~np.asarray(line["at_edge"])
         place, mean, half = (np.array(v)[inside] for v in (line["w"], [v.mean for v in line["lambda"]], [v.ci for v in line["lambda"]]))
         slope = f": {line['slope'].mean:+.4f} ± {line['slope'].ci:.4f} per unit" if line["slope"] else ""
-        ax.errorbar(place + 0.02 * k, mean, half, capsize=3, label=name + slope, **look)
+        ax.errorbar(place + 0.02 * k, mean, half, capsize=3, label=name + slope, **look | {"linestyle": ("-", "--", "-.", ":")[k % 4]})
     ax.set(xlabel=LABELS["w"], ylabel="best λ")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small")
     return ax

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .checkpoints import write_atomically
 from .metrics import Difference, Estimate
 from .noise import check_sigmas
-from .response import FEWEST, check_box, doehlert, quantile_95, search, stages
+from .response import FEWEST, check_box, check_budget, doehlert, quantile_95, search, stages
 from .sampler import check_seeds, count_evaluations, find_solver, sample_seeds
 from .tuning import GROUPS, NEUTRAL, distances, guidance_cautions, sampler_settings, targets
 from .worlds import World
@@ -71,7 +71,7 @@ class Tuned:
     ci: dict              # parameter -> half-width of the 95 % interval (Student t over the groups of seeds)
     loss: Estimate        # predicted distance there, extrapolated to infinitely many images; optimistic by up to `regret`
     regret: float         # what a better choice could still gain, on average
-    ended: str            # "loss" or "position": resolved within the stated error; "seeds": all used; "moves": not settled
+    ended: str            # "loss" or "position": resolved within the stated error; "seeds": all used; "moves", "images": not settled
     edges: list           # sentences about parameters whose best value lies on the edge of the box
     cautions: list        # reasons to distrust guidance here, or the numbers
     fits: list            # Fit per region, in order
@@ -114,7 +114,8 @@ class Tuned:
 HARD = {"lambda": (0.05, 20.0)} | {name: (0.0, math.inf) for name in ("w", "w_later", "window_low", "window_high")}  # never left
 BOX = {"lambda": (0.96, 1.06), "w": (0.0, 4.0)}  # where to look if nothing is said
 WHY = {"loss": "a better choice would gain less than the stated share of the distance", "position": "the place is known to the stated error",
-       "seeds": "the seeds are used up before the stated error is reached: more seeds make it smaller", "moves": "the optimum kept moving out of the regions that were measured: the search has not settled; give a wider box or more seeds"}
+       "seeds": "the seeds are used up before the stated error is reached: more seeds make it smaller", "moves": "the optimum kept moving out of the regions that were measured: the search has not settled; give a wider box or more seeds",
+       "images": "the optimum lies outside of the last region, and another one would take more images than allowed: allow more, or take fewer seeds"}
 
 
 def tune(
@@ -130,6 +131,7 @@ def tune(
     loss_tolerance: float = 0.01,    # done when a better choice would gain less than this share of the distance
     position_tolerance: dict | None = None,  # parameter -> half-width of the 95 % interval; given, these decide instead
     extend: bool = False,            # follow the optimum out of the box
+    max_images: int | None = None,   # images that search and final comparison may take together; None: no limit
     groups: int = GROUPS,            # groups of seeds that the error bars come from
     log=None,                        # file of JSON lines to resume from
     micro_batch: int = 250,          # as for sample_seeds
@@ -142,10 +144,11 @@ def tune(
     guide, fixed = guide or solver, dict(fixed or {})
     box = dict(box) if box is not None else {name: bounds for name, bounds in BOX.items() if name not in fixed and (name == "lambda" or guide in world.log_ratio)}
     settings = _settings(world, seeds, sigmas, solver=solver, box=box, fixed=fixed, guide=guide, by=by, loss_tolerance=loss_tolerance,
-                         position_tolerance=position_tolerance, extend=extend, groups=groups, micro_batch=micro_batch)
+                         position_tolerance=position_tolerance, extend=extend, max_images=max_images, groups=groups, micro_batch=micro_batch)
     meter = Meter(world, check_seeds(seeds), check_sigmas(sigmas), settings, Log(log, settings), device, progress)
     with meter.bar:
-        fits, ended = search(meter.search, box, settings["images"], loss_tolerance=loss_tolerance, position_tolerance=position_tolerance, hard=HARD if extend else None, progress=meter.tell)
+        fits, ended = search(meter.search, box, settings["images"], loss_tolerance=loss_tolerance, position_tolerance=position_tolerance, hard=HARD if extend else None,
+                             max_images=None if max_images is None else max_images - 2 * len(meter.pools["check"]), progress=meter.tell)
         return _result(world, meter, fits, ended)
 
 
@@ -169,9 +172,11 @@ def _settings(world, seeds, sigmas, **given):
     for corner in product(*given["box"].values()):  # a window must be one everywhere in the box
         sampler_settings(dict(zip(given["box"], corner)) | given["fixed"], world.log_ratio.get(given["guide"]))
     dim = world.train[0].numel()
+    images = stages(len(seeds) // 2, max(FEWEST, dim + dim // 4 if given["by"] == "pixel" else FEWEST))
+    check_budget(given["max_images"], images, len(names), aside=2 * (len(seeds) - len(seeds) // 2))
     return {"world": world.name, "denoiser": _fingerprint(world.denoiser, world), "discriminator": _fingerprint(world.log_ratio.get(given["guide"]), world),
             "training_images": len(world.train), "sigmas": [float(f"{s:.6g}") for s in sigmas.tolist()], "seeds": [seeds[0], seeds[-1], len(seeds)],
-            "images": stages(len(seeds) // 2, max(FEWEST, dim + dim // 4 if given["by"] == "pixel" else FEWEST)), **given}
+            "images": images, **given}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from .checkpoints import write_atomically
 from .live import DRAWING, Latest, LivePlot, encode_png, picture_of_differences, picture_of_images
-from .live_controls import Live, Number, picture, side_by_side
+from .live_controls import Live, Number, choice, picture, side_by_side
 from .previews import Knobs, Preview, Previews, automatic_lambda, best_found, code_of, measured_surface, ridge_line, sampler_arguments, space_of, stored_surface, window_text
 from .sampler import SOLVERS, Churn, LinearScaling, lambda_table
 from .worlds import WORLDS, World, load_world
@@ -93,11 +93,6 @@ SHAPES = ("constant", "linear", "per step")
 OWN = "the solver's own"
 
 
-def _choice(label, options, name, tip):
-    "A drop-down list."
-    return widgets.Dropdown(options=options, description=label, tooltip=tip, layout={"width": "250px"}, style={"description_width": "88px"}).add_class(name)
-
-
 def _shown(widget, visible):
     "Show a widget or leave its place to others."
     widget.layout.display = None if visible else "none"
@@ -108,11 +103,11 @@ class Controls(widgets.VBox):
     def __init__(self,
         names,      # worlds to choose from
     ):
-        self.world = _choice("world", list(names), "sedm-world", "whose data and networks")
-        self.solver = _choice("solver", list(SOLVERS), "sedm-solver", "sampler step")
+        self.world = choice("world", list(names), "sedm-world", "whose data and networks")
+        self.solver = choice("solver", list(SOLVERS), "sedm-solver", "sampler step")
         self.steps = Number("steps N", 18, 4, 60, tip="sampler steps", name="sedm-steps")
         self.seed = Number("first seed", 0, 0, 1000, tip="seed of the first image; the others follow", name="sedm-seed")
-        self.shape = _choice("λ is", SHAPES, "sedm-shape", "how lambda changes over the steps")
+        self.shape = choice("λ is", SHAPES, "sedm-shape", "how lambda changes over the steps")
         self.lam = Number("λ", 1.0, 0.95, 1.08, 0.001, "lambda, divisor of epsilon; 1 is neutral", "sedm-lambda")
         self.slope = Number("λ per step", 0.0, -0.004, 0.004, 0.0001, "growth of lambda per step; step 0 is the highest noise", "sedm-slope")
         self.handles = widgets.HBox(layout={"overflow": "auto hidden", "height": "172px", "flex": "0 0 auto"}).add_class("sedm-handles")  # shown by whoever has room for them
@@ -121,7 +116,7 @@ class Controls(widgets.VBox):
         self.window = widgets.FloatRangeSlider(value=(0.01, 1.0), min=0.0, max=1.0, step=0.01, description="window", tooltip="where guidance acts, in VP time", readout_format=".2f",
                                                layout={"width": "336px"}, style={"description_width": "88px"}).add_class("sedm-window")
         self.window_note = widgets.HTML(layout={"margin": "0 0 0 12px"}).add_class("sedm-window-note")
-        self.guide = _choice("guided by", [OWN], "sedm-guide", "whose samples the discriminator was trained on")
+        self.guide = choice("guided by", [OWN], "sedm-guide", "whose samples the discriminator was trained on")
         self.s_churn = Number("S churn", 0.0, 0.0, 40.0, 0.5, "EDM's stochasticity; 0 is deterministic", "sedm-churn")
         self.s_min, self.s_max, self.s_noise = (widgets.FloatText(value=value, description=label, tooltip=tip, layout={"width": "170px"}, style={"description_width": "60px"}).add_class(name)
                                                 for label, value, tip, name in (("S min", 0.0, "lowest noise level that is stirred", "sedm-s-min"), ("S max", 80.0, "highest noise level that is stirred", "sedm-s-max"),
@@ -252,7 +247,7 @@ class Tuner(Live):
         self.images, self.curves, self.map = picture(560, 140, "sedm-images"), picture(620, 250, "sedm-curves"), picture(320, 250, "sedm-map")
         self.table, self.code = widgets.HTML().add_class("sedm-table"), widgets.Textarea(layout={"width": "620px", "height": "190px", "display": "none"}, description="", tooltip="the setting as Python").add_class("sedm-code")
         self.plot, self.surface_map = LivePlot(["norm of ε: sampling / training", "variance / that of noised data"], ["plain", "now"]), SurfaceMap()
-        self.surfaces, self.shown, self.note, self.counts = {}, None, "", counts
+        self.surfaces, self.note, self.counts = {}, "", counts
         self.measuring = Latest([self._measure], self._failed)
         right = widgets.VBox([self.view, self.images, self.curves, widgets.HBox([self.map, self.table]), self.code], layout={"flex": "1 1 auto"})
         super().__init__([*self.controls.values, self.view], [lambda request, check, n=n: self._stage(request, n, check) for n in counts], [self.controls.handles, widgets.HBox([widgets.VBox([self.controls, self._buttons()], layout={"flex": "0 0 auto"}), right])])

@@ -303,3 +303,80 @@ def test_restart(tuner):
 
 def test_console_is_clean_and_nothing_leaves_the_page(tuner):
     assert tuner.wrong == [] and tuner.away == []
+
+
+# ---- the notebook that comes with the package, with all four widgets
+
+class Below:
+    "One widget of a page: its own controls, pictures and words."
+    def __init__(self, page, number):
+        self.page, self.place = page, page.locator(".jp-OutputArea-output:has(.sedm-status)").nth(number)
+        self.place.scroll_into_view_if_needed()
+
+    def says(self, text, css=".sedm-status"):
+        expect(self.place.locator(css).first).to_contain_text(text, timeout=30_000)
+
+    def typed(self, css, value):
+        field = self.place.locator(f"{css} input").last
+        field.fill(str(value))
+        field.press("Enter")
+
+    def choose(self, css, option):
+        self.place.locator(f"{css} select").select_option(option)
+
+    def picture(self, css):
+        return self.place.locator(f"{css} img, img{css}").first.get_attribute("src")
+
+    def changes(self, css, action):
+        before = self.picture(css)
+        action()
+        expect(self.place.locator(f"{css} img, img{css}").first).not_to_have_attribute("src", before, timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def packaged(lab, browser):
+    page = Page(lab, browser, "packaged.ipynb", nbformat.read(ROOT / "sedm_kit" / "data" / "notebooks" / "tuner.ipynb", 4))
+    page.locator(".sedm-status").nth(3).wait_for()
+    yield page
+    page.close()
+
+
+def test_epsilon_explorer(packaged):
+    widget = Below(packaged, 1)
+    widget.says("18 steps")
+    widget.changes(".sedm-curves", lambda: widget.typed(".sedm-scale", 1.02))
+    widget.says("scale 1.02")
+    widget.changes(".sedm-curves", lambda: widget.choose(".sedm-solver", "heun"))
+    widget.says("heun")
+    widget.choose(".sedm-solver", "euler")
+    expect(widget.place.locator(".sedm-repair-both").first).to_contain_text("λ = 1.01")
+    widget.changes(".sedm-curves", lambda: widget.place.locator(".sedm-repair-both").first.click())
+    widget.typed(".sedm-lambda", 0)
+    widget.says("lambda must be finite and positive")
+    packaged.photograph("epsilon-explorer")
+
+
+def test_weight_explorer(packaged):
+    widget = Below(packaged, 2)
+    widget.changes(".sedm-curves", lambda: widget.choose(".sedm-prediction", "x0"))
+    widget.changes(".sedm-curves", lambda: widget.typed(".sedm-gamma", 0.5))
+    widget.typed(".sedm-gamma", -1)
+    widget.says("gamma must be finite and not negative")
+    widget.typed(".sedm-gamma", 1)
+    packaged.photograph("weight-explorer")
+
+
+def test_schedule_explorer(packaged):
+    widget = Below(packaged, 3)
+    widget.changes(".sedm-levels", lambda: widget.typed(".sedm-rho", 3))
+    widget.says("ρ 3")
+    widget.changes(".sedm-errors", lambda: widget.typed(".sedm-steps", 12))
+    widget.typed(".sedm-sigma-min", -1)
+    widget.says("-1")
+    widget.typed(".sedm-sigma-min", 0.002)
+    widget.changes(".sedm-levels", lambda: widget.choose(".sedm-grid", "VE"))
+    packaged.photograph("schedule-explorer")
+
+
+def test_the_packaged_notebook_leaves_no_errors(packaged):
+    assert packaged.wrong == [] and packaged.away == []

@@ -1,6 +1,7 @@
 """Tuning: response surfaces, coverage of their error bars, the search on a world, its log, and bad input."""
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.testing import assert_close
 from sedm_kit.command import main
 from sedm_kit.metrics import fd
 from sedm_kit.noise import edm_sigmas
-from sedm_kit.response import check_box, curvature, doehlert, jackknifed, lowest_point, polynomial, quantile_95, search, stages
+from sedm_kit.response import check_box, check_budget, curvature, doehlert, jackknifed, lowest_point, polynomial, quantile_95, search, stages
 from sedm_kit.tuning import NEUTRAL, distances, grid, guidance_cautions, ridge, sampler_settings, targets, world_stats
 from sedm_kit.tuning_report import read_parameters, tune_plan, tuned_page, tuned_sentences
+from sedm_kit.tuning_plots import heat_map
 from sedm_kit.tuning_search import Log, tune
 from sedm_kit.plan import Plan
 from sedm_kit.worlds import load_world
@@ -94,6 +96,35 @@ def test_an_optimum_outside_the_first_regions_is_followed():
     assert fits[-1].best[0] == pytest.approx(1)
 
 
+def cost(fits):
+    return sum(fit.n * len(fit.points) for fit in fits)
+
+
+def test_a_budget_is_kept_and_costs_no_coverage():
+    truth, inside, ends, free, runs = true_optimum(), [], [], [], 60
+    for k in range(runs):  # three times the noise: regions are left
+        settings = dict(box={"x": (-1, 1), "y": (-1, 1)}, images=[500, 1000, 2000], loss_tolerance=0)
+        fits, ended = search(noisy(np.random.default_rng(k), 3.0), **settings, max_images=24_500)
+        assert cost(fits) == 24_500 and fits[-1].n == 2000
+        ends.append(ended)
+        inside.append(abs(fits[-1].best - truth) <= quantile_95(fits[-1]) * np.sqrt(np.diag(fits[-1].covariance)))
+        free.append(cost(search(noisy(np.random.default_rng(k), 3.0), **settings)[0]))
+    assert max(free) > 24_500 and set(ends) <= {"seeds", "images"}
+    assert np.mean(inside, 0).min() >= stats.binom.ppf(0.001, runs, 0.95) / runs
+
+
+def test_moves_are_made_as_far_as_the_budget_goes():
+    far = lambda points, n: [np.full(10, 1 + (p["x"] - 6) ** 2) for p in points]
+    search_far = lambda most: search(far, {"x": (-1, 1)}, [100, 200], hard={}, loss_tolerance=1e-6, moves=9, max_images=most)
+    fits, why = search_far(900)  # two regions as planned
+    assert [fit.n for fit in fits] == [100, 200] and why == "images" and (fits[1].half == fits[0].half).all()
+    fits, why = search_far(1600)  # a move costs 300 in the first stage
+    assert [fit.n for fit in fits] == [100, 100, 100, 200] and cost(fits) == 1500
+    assert check_budget(None, [100, 200], 1) == np.inf and check_budget(1600, [100, 200], 1, aside=600) == 1000
+    with pytest.raises(ValueError, match="at least the 900 images"):
+        search_far(899)
+
+
 # ---- points and grids
 
 def test_distances_match_the_metrics(world):
@@ -118,6 +149,14 @@ def test_grid_and_ridge(world):
     assert len(line["lambda"]) == 2 and line["lambda"][0].n_blocks == 4
     other = grid(world, SEEDS[:40], edm_sigmas(6), lambdas=[1.0], weights=[0.0, 1.0], guide="heun", groups=4, progress=False)
     assert other["pixel"][0, 0] == surface["pixel"][0, 0] and other["pixel"][0, 1] != surface["pixel"][0, 1]
+
+
+def test_heat_map_draws_distances_without_bias():
+    parts = np.random.default_rng(0).normal(size=(4, 3, 5)) + np.arange(4)[:, None, None] ** 2
+    surface = {"lambdas": np.arange(4.0), "weights": np.arange(3.0), "n": 50, "pixel": parts.mean(-1) + 100, "parts": {"pixel": parts}}
+    ax = heat_map(surface)
+    assert_close(np.asarray(ax.collections[0].get_array()).reshape(3, 4), parts.mean(-1).T)
+    plt.close(ax.figure)
 
 
 def test_cautions(world):
@@ -157,7 +196,7 @@ def test_restart_measures_nothing_twice(world, found):
     assert again.best == result.best and 0 < again.cost["sampled_now"] < result.cost["images"]
 
 
-@pytest.mark.parametrize("change,named", [({"by": "feature"}, "by was 'pixel'"), ({"box": {"lambda": (0.97, 1.05)}}, "box was"), ({"guide": "heun"}, "guide was 'euler'")])
+@pytest.mark.parametrize("change,named", [({"by": "feature"}, "by was 'pixel'"), ({"box": {"lambda": (0.97, 1.05)}}, "box was"), ({"guide": "heun"}, "guide was 'euler'"), ({"max_images": 5000}, "max_images was None")])
 def test_another_setting_is_refused(world, found, change, named):
     log, _ = found
     before = log.read_bytes()
@@ -192,6 +231,7 @@ def test_edges_are_said(world):
     ({"box": {"lambda": (float("nan"), 1.0)}}, "interior"), ({"box": {"w": (-1.0, 2.0)}}, "between 0 and"), ({"box": {"lamda": (0.9, 1.1)}}, "unknown parameter 'lamda'; known: lambda"),
     ({"box": BOX, "fixed": {"w": 1.0}}, "both searched and fixed"), ({"by": "fid"}, "'pixel' or 'feature'"), ({"solver": "rk45"}, "unknown solver"),
     ({"box": BOX, "position_tolerance": {"w_later": 1.0}}, "position_tolerance"), ({"box": BOX, "guide": "nobody"}, "no discriminator named 'nobody'; it has"),
+    ({"max_images": 999}, "at least the 1000 images"), ({"max_images": float("nan")}, "max_images must be"),
     ({"loss_tolerance": -0.1}, "share of the distance"), ({"loss_tolerance": float("nan")}, "share of the distance"),
     ({"box": {"w": (0.0, 2.0), "window_low": (0.5, 0.6), "window_high": (0.2, 0.3)}}, "window must satisfy")])
 def test_mistakes_are_found_before_work_starts(world, settings, message):
