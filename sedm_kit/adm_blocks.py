@@ -10,6 +10,7 @@ __all__ = ['ATTENTION_LAYOUTS', 'RESAMPLERS', 'check_counts', 'check_images', 'c
 
 # %% ../nbs/02_adm_blocks.ipynb #286922a8
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,8 +79,8 @@ def half_precision(
     x,              # a tensor on the device where the network runs
     use_fp16: bool, # asked for?
 ):                  # a context manager
-    "Run a block in float16 if asked for and if x lies on a GPU."
-    return torch.autocast(x.device.type, torch.float16, enabled=bool(use_fp16) and x.is_cuda)
+    "Run a block in float16 if asked for and if x lies on a GPU; else as the caller has it."
+    return torch.autocast(x.device.type, torch.float16) if use_fp16 and x.is_cuda else nullcontext()
 
 # %% ../nbs/02_adm_blocks.ipynb #a5aa8937
 def wave_embedding(
