@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'CHOICES', 'LEAST', 'RANGES', 'COMMANDS', 'USAGE', 'study', 'tune', 'convert', 'measured_lines', 'fid',
-           'lab', 'parser_of', 'warnings_as_lines', 'main']
+           'sample', 'lab', 'choices_of', 'parser_of', 'warnings_as_lines', 'main']
 
 # %% ../nbs/17_command.ipynb #43b27ee7
 import argparse
@@ -21,11 +21,14 @@ from tqdm import tqdm
 
 from . import __version__
 from .checkpoints import convert as convert_file
-from .features import MEASURES, PIXELS, compare_by, holds_moments
+from .features import MEASURES, PIXELS, compare_by, holds_moments, same_images
 from .inception import VARIABLE, named_features
+from .draws import PRECISIONS
+from .generate import SUFFIXES, pack
 from .lab import open_lab
 from .report import claim_folder, in_short, number, text_table, write_report
 from .sampler import SOLVERS
+from .sampling import DISCRETE, Sampling, join_processes, parse_seeds, run_sampling
 from .study import Plan
 from .study import study as run_study
 from .tuning import GROUPS
@@ -77,6 +80,7 @@ def tune(
     by: str = "pixel",           # which distance to make small: in pixels, or in the features of the world's network
     guide: str = None,           # guide with the discriminator of another solver, such as heun; default: the solver's own
     extend: bool = False,        # follow the optimum out of the box
+    max_images: int = None,      # images that search and last comparison may take together, such as a tenth of a grid's; default: no limit
     device: str = "cpu",         # where to work: cpu, cuda, or cuda:1 for the second GPU
     model: str = None,           # your own denoiser, as for sedm study
     data: str = None,            # the real images that --model was trained on, and which the distance is measured to
@@ -92,7 +96,7 @@ def tune(
     few images first. Interrupted, it goes on where it was. Example: sedm tune --world patches --search lambda=0.97:1.03,w=0:5"""
     plan = Plan(world=world, solvers=(solver,), steps=steps, images=seeds // 2, blocks=2, first_seed=seed, device=device, model=model, data=data, schedule=schedule,
                 classifier=classifier, discriminator=discriminator, train_discriminator=train_discriminator, micro_batch=micro_batch, threads=threads)
-    found = tune_plan(plan, search or "", claim_folder(out), by=by, loss_tolerance=tolerance, extend=extend, guide=guide)
+    found = tune_plan(plan, search or "", claim_folder(out), by=by, loss_tolerance=tolerance, extend=extend, max_images=max_images, guide=guide)
     print("", *tuned_sentences(found), f"\nreport: {write_tuned(found, out)}", sep="\n")
 
 # %% ../nbs/17_command.ipynb #ebf22222
@@ -118,7 +122,7 @@ def convert(
 def measured_lines(
     found: dict,      # as compare_by returns it
     left_out: dict,   # the same
-    label: str,       # FD or FID
+    label: str,       # FD, or FID on the published Inception
     known: bool,      # is the reference a file of statistics?
 ) -> list[str]:       # for a terminal
     "What was measured, one line each."
@@ -130,13 +134,13 @@ def measured_lines(
         m, scatter = floor.block_size, floor.error * math.sqrt(floor.n_blocks)
         smaller = fd is not None and m < min(fd.n, fd.n_reference)
         at_n = f"; falling like 1/n, that is about {floor.mean * m / min(fd.n, fd.n_reference):.2g} for {min(fd.n, fd.n_reference)}" if smaller else ""
-        lines.append(f"  floor: {m} real images against {m} others show {label} {floor.mean:.3g} ({floor.n_blocks} splits, which scatter by {scatter:.2g}){at_n}")
+        lines.append(f"  floor: {m} real images against {m} others show {label} {floor.mean:.3g} ({floor.n_blocks} splits, which scatter by {scatter:.2g}; {floor.variant}){at_n}")
     if "infinity" in found:
-        lines.append(f"  extended to infinitely many images: {label} {number(found['infinity'])} ({'the bias of the reference stays' if known else 'on both sides'}; from {found['infinity'].n_blocks} blocks of {found['infinity'].block_size})")
+        lines.append(f"  extended to infinitely many images: {label} {number(found['infinity'])} ({'the bias of the reference stays' if known else 'on both sides'}; from {found['infinity'].n_blocks} blocks of {found['infinity'].block_size}; {found['infinity'].variant})")
     if "kid" in found:
-        lines.append(repr(found["kid"]) if fd is None else "  " + repr(found["kid"]).split(" (")[0] + ", which has no such bias")
+        lines.append(repr(found["kid"]) if fd is None else "  " + found["kid"].number + ("; see the warning" if same_images(found) else ", which has no such bias"))
     if "precision" in found:
-        lines.append("  " + ", ".join(f"{name} {value:.3f}" for name, value in found["precision"]._asdict().items()) + " (3 nearest neighbours)")
+        lines.append(f"  {found['precision']!r}")
     return lines + [f"  without {name}: {reason}" for name, reason in left_out.items()]
 
 
@@ -155,14 +159,50 @@ def fid(
     device: str = "cpu",          # where the features are computed: cpu, cuda, or cuda:1 for the second GPU
     batch: int = 64,              # images at a time
 ):
-    """Frechet distance between two sets of images, with its error bar, and what is needed to judge it: FID on Inception features, FD on all others.
+    """Frechet distance between two sets of images, with its error bar, and what is needed to judge it: FID on Inception features with the published weights, FD on all others.
     Example: sedm fid samples/ cifar10-32x32.npz --weights weights-inception-2015-12-05-6726825d.pth --n 50000"""
     if features == "inception" and not (weights or download or os.environ.get(VARIABLE)):
         raise ValueError(f"Inception needs a file of weights: name it with --weights FILE or in the environment variable {VARIABLE}, or let --download fetch the published one (95 MB); "
                          f"without it there are --features {', '.join((PIXELS.name, *WORLDS))}")
-    space, label = named_features(features, weights, download, device), "FID" if features == "inception" else "FD"
-    found, left_out = compare_by(generated, real, space, measures and tuple(map(str.strip, measures.split(","))), n=n, seed=seed, unequal=unequal, batch=batch, folder=cache, seeds=seeds or "", measure=label)
-    print(*measured_lines(found, left_out, label, holds_moments(real)), sep="\n")
+    space = named_features(features, weights, download, device)
+    found, left_out = compare_by(generated, real, space, measures and tuple(map(str.strip, measures.split(","))), n=n, seed=seed, unequal=unequal, batch=batch, folder=cache, seeds=seeds or "")
+    print(*measured_lines(found, left_out, space.called("FD"), holds_moments(real)), sep="\n")
+
+# %% ../nbs/17_command.ipynb #14b18a38
+def sample(
+    seeds: str,                  # which images, as in 0-49999 or 0-9,20
+    world: str = "digits",       # which embedded world
+    model: str = None,           # your own denoiser instead: EDM's pickle, an ADM checkpoint, or safetensors
+    solver: str = "heun",        # a solver; ancestral and ddim are for ADM checkpoints
+    steps: int = 18,             # sampler steps N
+    lam: float = 1.0,            # epsilon scaling: divisor of epsilon
+    slope: float = 0.0,          # growth of lambda per step
+    w_dg: float = 0.0,           # weight of guidance at a step's first evaluation
+    w_later: float = 0.0,        # and at its further evaluations
+    classifier: str = None,      # DG's feature extractor, if --discriminator is DG's head alone
+    discriminator: str = None,   # DG's head, or a converted discriminator; default: the world's own
+    schedule: str = "cosine",    # noise schedule of an ADM checkpoint
+    precision: str = "fp32",     # inside the network; the deviation from fp32 is measured and printed
+    channels_last: bool = False, # memory order that convolutions on a GPU like
+    compile: bool = False,       # torch.compile
+    device: str = "cpu",         # where to work: cpu, cuda, or cuda:1 for the second GPU
+    batch: int = None,           # images at a time, part of what a seed means to the last bit; default: the largest that fits
+    format: str = "npz",         # of the files
+    features: str = None,        # keep features beside the images: pixels, or the network of a world
+    no_images: bool = False,     # keep the features only
+    packed: str = None,          # also write all images as one npz, which other tools read
+    out: str = "sedm_samples",   # folder; the same command goes on where it was
+):
+    """Images from seeds: every file says which seeds it holds, an interrupted run goes on, and another run's folder is refused.
+    Example: sedm sample 0-49999 --model edm.pkl --lambda 1.0004 --device cuda --precision bf16 --out cifar"""
+    given = Sampling(world=world, model=model, solver=solver, steps=steps, lam=lam, slope=slope, w=w_dg, w_later=w_later, classifier=classifier, discriminator=discriminator,
+                     schedule=schedule, precision=precision, channels_last=channels_last, compile=compile, device=join_processes(device))
+    found = run_sampling(given, parse_seeds(seeds), out, micro_batch=batch, format=format, features=features, keep_images=not no_images)
+    if found["deviation"]:
+        print("against fp32 without compilation, {n} images: {mean:.3g} levels of 255 on average, {max} at most, {share:.1%} of the values differ".format(**found["deviation"]))
+    print(f"{out}: {found['manifest']['count']} images, {found['images_per_second']:.1f} a second in this run")
+    if packed:
+        print(f"{pack(out, packed)}: all of them in one file")
 
 # %% ../nbs/17_command.ipynb #764cdbc3
 def lab(
@@ -176,16 +216,26 @@ def lab(
 
 # %% ../nbs/17_command.ipynb #0c6539f3
 RENAMED = {"--lam": "--lambda"}
-CHOICES = {"world": WORLDS, "solver": SOLVERS, "by": ("pixel", "feature"), "schedule": ("cosine", "linear"), "features": ("inception", PIXELS.name, *WORLDS), "measures": MEASURES}
-LEAST = {"steps": 1, "images": 2, "blocks": 2, "seed": 0, "seeds": 8 * GROUPS, "train_discriminator": 0, "split_images": 4, "diagnostics": 0, "micro_batch": 1, "threads": 1, "n": 2, "batch": 1, "port": 1}
+CHOICES = {"world": WORLDS, "solver": SOLVERS, "by": ("pixel", "feature"), "schedule": ("cosine", "linear"), "features": ("inception", PIXELS.name, *WORLDS), "measures": MEASURES, "precision": tuple(PRECISIONS), "format": tuple(SUFFIXES), "sample solver": (*SOLVERS, *DISCRETE), "sample features": (PIXELS.name, *WORLDS)}
+LEAST = {"steps": 1, "images": 2, "blocks": 2, "seed": 0, "seeds": 8 * GROUPS, "max_images": 1, "train_discriminator": 0, "split_images": 4, "diagnostics": 0, "micro_batch": 1, "threads": 1, "n": 2, "batch": 1, "port": 1}
 RANGES = {  # what is expected, and the test of it; NaN passes none
     "lam": ("a number above 0; 1 is neutral", lambda value: 0 < value < math.inf),
     "w_dg": ("a number, 0 (no guidance) or above", lambda value: 0 <= value < math.inf),
+    "w_later": ("a number, 0 or above", lambda value: 0 <= value < math.inf),
+    "slope": ("a finite number", math.isfinite),
     "tolerance": ("a share of the distance, 0 or above and below 1", lambda value: 0 <= value < 1),
 }
 
 
-def _reader(name, kind):
+def choices_of(
+    function: Callable,   # a command
+    option: str,          # its argument's name
+) -> tuple | None:        # None: anything goes
+    "What an option can be; a command may have choices of its own."
+    return CHOICES.get(f"{function.__name__} {option}", CHOICES.get(option))
+
+
+def _reader(name, kind, choices):
     "What makes an option's value of its text, or says what was expected."
     expected, test = RANGES.get(name) or (f"a whole number, {LEAST.get(name, 0)} or above", lambda value: value >= LEAST.get(name, 0))
 
@@ -199,10 +249,10 @@ def _reader(name, kind):
         return value
 
     def read_names(text):
-        if unknown := [part for part in map(str.strip, text.split(",")) if part not in CHOICES[name]]:
-            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(CHOICES[name])}")
+        if unknown := [part for part in map(str.strip, text.split(",")) if part not in choices]:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(choices)}")
         return text
-    return read_number if kind in (int, float) else read_names if name in CHOICES else kind
+    return read_number if kind in (int, float) else read_names if choices else kind
 
 
 def parser_of(
@@ -212,10 +262,11 @@ def parser_of(
     parser = anno_parser(function, prog=f"sedm {function.__name__}")
     for option, action in list(parser._option_string_actions.items()):
         action.metavar = {int: "N", float: "X"}.get(action.type)
-        action.type = _reader(action.dest, action.type)
+        choices = choices_of(function, action.dest)
+        action.type = _reader(action.dest, action.type, choices)
         text, _, default = (action.help or "").partition(" (default: ")
-        if action.dest in CHOICES:
-            action.help = f"{text} (choices: {', '.join(CHOICES[action.dest])}" + (f"; default: {default}" if default else ")")
+        if choices:
+            action.help = f"{text} (choices: {', '.join(choices)}" + (f"; default: {default}" if default else ")")
         elif action.const is True:
             action.help = text if action.help is not argparse.SUPPRESS else action.help
         name = RENAMED.get(option, option.replace("_", "-"))
@@ -229,7 +280,7 @@ def parser_of(
     return parser
 
 # %% ../nbs/17_command.ipynb #fb1d9651
-COMMANDS = {"study": study, "tune": tune, "convert": convert, "fid": fid, "lab": lab}
+COMMANDS = {"study": study, "tune": tune, "convert": convert, "fid": fid, "sample": sample, "lab": lab}
 USAGE = f"""sedm {__version__}: see, measure and fix exposure bias in diffusion models
 
 commands:
@@ -237,6 +288,7 @@ commands:
   tune      lambda and guidance weight for one solver, by measurement, with error bars
   convert   a checkpoint of EDM, ADM or DG as safetensors, without executing it
   fid       distance between two sets of images, with an error bar
+  sample    images from seeds, many of them: resumable, on one process or several
   lab       the widgets in JupyterLab: lambda and guidance by hand
 
 'sedm COMMAND --help' tells more.   Worlds: {', '.join(WORLDS)}.   Solvers: {', '.join(SOLVERS)}."""

@@ -18,7 +18,7 @@ from .analytic import GaussianMixture
 from .explore import (GRIDS, SCHEDULES, Grid, NetworkError, Run, Weighting, drift, repair, small_mixture, solver_errors,
                               steps_per_decade, three_runs, weight_panels, weights_at)
 from .live import LivePlot
-from .live_controls import Live, Number, choice, picture, side_by_side
+from .live_controls import Live, Number, beside, choice, picture, side_by_side
 from .sampler import SOLVERS, lambda_table
 from .weights import PREDICTIONS, SCHEMES
 
@@ -76,10 +76,10 @@ class EpsilonExplorer(Live):
         self.lam = Number("λ", 1.0, 0.9, 1.1, 0.001, "lambda, divisor of epsilon; 1 is neutral", "sedm-lambda")
         self.target = choice("λ acts on", ("both", "discretisation", "network"), "sedm-target", "run that lambda is tried on")
         self.curves, self.table = picture(600, 260, "sedm-curves"), widgets.HTML().add_class("sedm-table")
-        self.plot = LivePlot(["norm of ε: sampling / training", "variance / that of noised data"], [*KINDS, "with λ"], (600, 260))
+        self.plot = LivePlot(["norm of ε: run / exact path", "variance: run / exact path"], [*KINDS, "with λ"], (600, 260))
         controls = [self.scale, self.noise, self.level, self.solver, self.steps, self.lam, self.target]
         super().__init__(controls, [lambda request, check, n=n: self._curves(request, n, check) for n in counts] + [self._search],
-                         [widgets.HBox([_controls(*controls, *self._buttons()), widgets.VBox([self.curves, self.table])])])
+                         [beside(_controls(*controls, *self._buttons()), [self.curves, self.table])])
         self._changed()
 
     def _buttons(self):
@@ -96,8 +96,8 @@ class EpsilonExplorer(Live):
     ):
         "Try the lambda found for a run on that run."
         found = self.repairs.get(name)
-        if found is None or found.scaling is None:
-            return self.say(f"no lambda was found for {name}", wrong=True)
+        if found is None or not found.works:
+            return self.say(f"no constant lambda repairs {name}", wrong=True)
         def move():
             self.target.value, self.lam.value = name, found.scaling
         self.set(move)
@@ -145,7 +145,7 @@ class EpsilonExplorer(Live):
         self.repairs = repairs
         for name, button in self.buttons.items():
             found = repairs.get(name)
-            button.disabled = found is None or found.scaling is None
+            button.disabled = found is None or not found.works
             button.description = f"repair {name}" + ("" if button.disabled else f": λ = {found.scaling:.4f}")
 
     def _rows(self):
@@ -179,7 +179,7 @@ class LogPlot(LivePlot):
         decades: float = 8,     # most that an axis shows, from the top down
         **settings,             # xlabel, falling: as for LivePlot
     ):
-        super().__init__(titles, names, size, **settings)
+        super().__init__(titles, names, size, line=False, **settings)
         self.decades = decades
         for look in self.looks.values():
             look["markevery"] = spacing
@@ -222,7 +222,7 @@ class WeightExplorer(Live):
         self.gain = LogPlot(["image error per ε error, 1 / √SNR"], ["amplification", "at σ"], (300, 220), "", spacing=0.2)
         self.gain.looks["at σ"]["markevery"] = None
         controls = [self.schedule, self.prediction, self.schemes, self.k, self.gamma, self.cap, self.sigma_data, self.clamp, self.snr_min, self.sigma]
-        super().__init__(controls, [self._show], [widgets.HBox([_controls(*controls), widgets.VBox([self.curves, widgets.HBox([self.amplified, self.table])])])])
+        super().__init__(controls, [self._show], [beside(_controls(*controls), [self.curves, widgets.HBox([self.amplified, self.table], layout={"flex_flow": "row wrap"})])])
         self._changed()
 
     def read(self) -> tuple:
@@ -286,7 +286,7 @@ class ScheduleExplorer(Live):
         self.plot = LogPlot(["error of the images, exact denoiser"], list(SOLVERS), (560, 240), "error (data units)", xlabel="network evaluations", falling=False)
         controls = [self.grid, self.steps, self.rho, self.sigma_min, self.sigma_max, self.solver]
         super().__init__(controls, [self._preview, self._show, self._search],
-                         [widgets.HBox([_controls(*controls, self.table), widgets.VBox([self.levels, self.errors])])])
+                         [beside(_controls(*controls, self.table), [self.levels, self.errors])])
         self._changed()
 
     def read(self) -> Plan:

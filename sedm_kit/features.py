@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PIXELS', 'KEYS', 'MEASURES', 'PAIRS', 'fingerprint', 'FeatureMap', 'feature_map', 'feature_batches', 'feature_stats',
            'images_fingerprint', 'extract', 'holds_moments', 'read_moments', 'write_moments', 'choose', 'compare',
-           'compare_by', 'SeedBlocks', 'seed_blocks']
+           'same_images', 'compare_by', 'SeedBlocks', 'seed_blocks']
 
 # %% ../nbs/11_features.ipynb #d5aa68d6
 import hashlib
 import json
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ class FeatureMap:
     raw: bool = False          # True: it wants bytes (uint8); False: float32 in [-1, 1]
     key: str | None = None     # what identifies its content; None: the fingerprint if it is a network, else features are not kept in files
     device: str | None = None  # where the images go; None: where the network's parameters are, or stay
+    shape: tuple | None = None  # (c, h, w) of the only images it takes; None: not known, or any
+    published: bool = False    # True: FID's own network with its published weights
 
     def identity(self) -> str:
         "Key or fingerprint; ValueError where neither is known."
@@ -56,12 +59,22 @@ class FeatureMap:
             raise ValueError(f"features {self.name!r} come from a plain function, whose content cannot be known; give it a key= to keep them in a file")
         return self.key or fingerprint(self.function)
 
+    def called(
+        self,
+        measure: str,  # "FD", "sFD" or "KD"
+    ) -> str:          # "FID", "sFID" or "KID" where they are those of the literature, else as given
+        "Name of a measure on these features."
+        return measure.replace("D", "ID") if self.published else measure
+
     @torch.no_grad()
     def __call__(
         self,
         images,         # (b, c, h, w) uint8 if raw, else float32 in [-1, 1]
     ) -> torch.Tensor:  # (b, f), any float type
         "Features of one batch."
+        if self.shape and tuple(images.shape[1:]) != tuple(self.shape):
+            wanted, got = ("x".join(map(str, shape)) for shape in (self.shape, images.shape[1:]))
+            raise ValueError(f"features {self.name!r} take images of {wanted}, got {got}; use pixels or inception, or resize the images")
         parameter = next(self.function.parameters(), None) if isinstance(self.function, torch.nn.Module) else None
         device = self.device or (images.device if parameter is None else parameter.device)
         try:
@@ -92,7 +105,8 @@ def feature_map(
     if features == "pixels":
         return PIXELS
     if features in WORLDS:
-        return FeatureMap(f"network of the world {features}", load_world(features).features)
+        world = load_world(features)
+        return FeatureMap(f"network of the world {features}", world.features, shape=world.shape)
     raise ValueError(f"unknown features {features!r}; known: pixels, {', '.join(WORLDS)}, inception, or a function of images")
 
 # %% ../nbs/11_features.ipynb #cbf165ff
@@ -249,6 +263,14 @@ def _reference(reference, features, spatial=False):
     return reference
 
 
+def _warn_about(reference, known, features, n=None):
+    "What reference statistics do not say, or what does not fit n images; silent where known is None."
+    if known and isinstance(reference, (str, Path)) and not known.variant:
+        warnings.warn(f"{reference} does not say of which features its statistics are; the distance means something only if they are those of {features.name!r}", stacklevel=4)
+    if known and n and known.n not in (None, n):
+        warnings.warn(f"{n} images against statistics of {known.n}: distances depend on both numbers; compare only with results of the same two, or say that you mean it (unequal=True, --unequal)", stacklevel=4)
+
+
 def _both_sides(images, reference, features, n, seed, unequal, spatial=False):
     "The chosen images of the side or sides that are images, the reference's moments or None, and the number of dimensions; all checked."
     source, known = open_images(images), _reference(reference, features, spatial)
@@ -260,6 +282,7 @@ def _both_sides(images, reference, features, n, seed, unequal, spatial=False):
     width = features(sides[0].raw(slice(1)) if features.raw else sides[0][:1]).shape[1]
     if known and width != known.dim:
         raise ValueError(f"the reference has {known.dim} feature dimensions, {features.name!r} has {width}; expected a reference of the same features")
+    _warn_about(reference, known, features, None if unequal else len(sides[0]))
     return sides, known, width
 
 
@@ -273,7 +296,7 @@ def compare(
     unequal: bool = False,    # allow different numbers of images
     batch: int = 64,          # images at a time
     folder=None,              # where features are kept, see extract
-    measure: str = "FD",      # what the number is called
+    measure: str | None = None,  # what the number is called; None: FD, or FID if the features are FID's
     seeds: str = "",          # which seeds made the images
     spatial: bool = False,    # of an npz: its mu_s and sigma_s
 ) -> Score:                   # with error, n, features and seeds
@@ -281,11 +304,11 @@ def compare(
     features = feature_map(features)
     sides, known, _ = _both_sides(images, reference, features, n, seed, unequal, spatial)
     rows = [extract(side, features, batch, folder) for side in sides]
-    return fd_score(rows[0], known or rows[1], unequal, measure=measure, variant=features.name, seeds=seeds)
+    return fd_score(rows[0], known or rows[1], unequal, measure=measure or features.called("sFD" if spatial else "FD"), variant=features.name, seeds=seeds)
 
 # %% ../nbs/11_features.ipynb #4f4734f4
 MEASURES = ("fd", "floor", "infinity", "kid", "precision")
-PAIRS = 10_000  # up to so many images KID is quick
+PAIRS = 10_000  # up to so many images the kernel distance is quick
 
 
 def _parts(n, dims):
@@ -307,20 +330,38 @@ def _reasons(sides, total, dims, asked):
     return found
 
 
-def _infinity(rows, other):
-    "FD at infinitely many images, from five blocks."
+def _infinity(rows, other, seed, notes):
+    "FD at infinitely many images, from five blocks; both sides are shuffled first, because files may be in the order of classes."
+    rng = torch.Generator().manual_seed(seed)
     known = isinstance(other, (FeatureStats, Moments))
     size, parts = _parts(len(rows) if known else min(len(rows), len(other)), rows.shape[1])
-    cut = lambda side: side[: 5 * size].view(5, size, -1)
-    return fd_infinity(cut(rows), other if known else cut(other), parts)
+    cut = lambda side: side[torch.randperm(len(side), generator=rng)[: 5 * size]].view(5, size, -1)
+    return fd_infinity(cut(rows), other if known else cut(other), parts, **notes)
 
 
-def _floor(reference, features, other, n, seed, batch, folder):
+def _floor(reference, features, other, n, seed, batch, folder, notes):
     "What real images show among themselves; takes more of them where there are more than are compared."
     pool = open_images(reference)
     if (spare := min(n, len(pool) - len(other))) > 0:
         other = torch.cat([other, extract(choose(pool, spare, seed, skip=len(other)), features, batch, folder)])
-    return real_floor(other, min(n, len(other) // 2), seed=seed, reference="others")
+    return real_floor(other, min(n, len(other) // 2), seed=seed, reference="others", **notes)
+
+
+def same_images(
+    found: dict,   # as compare_by returns it
+) -> str:          # what gives it away; "": nothing does
+    "Do the two sides hold the same images, say as floats and as bytes? Independent sets are never so near to each other."
+    kernel, near, floor = (found.get(name) for name in ("kid", "fd", "floor"))
+    if near is not None and near.value == near.error == 0:
+        return ""  # the number itself says it
+    if kernel is not None and kernel.value < -5 * kernel.error:
+        return f"{kernel.number} is far below zero, as it is for no two independent sets: the two sides look like the same images"
+    if near is not None and floor is not None:
+        share = floor.block_size / min(near.n, near.n_reference)  # the bias falls like 1/n
+        expected, scatter = floor.mean * share, floor.error * floor.n_blocks**0.5 * share
+        if near.value < expected - 5 * max(scatter, 0.1 * expected, near.error):
+            return f"{near.number} is far below the {expected:.2g} that independent real images show: the two sides look like the same images, or one was fitted to the other"
+    return ""
 
 
 def compare_by(
@@ -334,7 +375,7 @@ def compare_by(
     unequal: bool = False,
     batch: int = 64,
     folder=None,
-    measure: str = "FD",
+    measure: str | None = None,
     seeds: str = "",
 ) -> tuple:                   # {name: Score, Estimate or Neighbours}, and {name: why it is left out}
     "Several measures of the same two sides."
@@ -349,17 +390,20 @@ def compare_by(
         raise ValueError("; ".join(f"{name} cannot be had: {reason}" for name, reason in reasons.items()))
     rows, *others = [extract(side, features, batch, folder) for side in sides]
     other = known or others[0]
-    notes = dict(variant=features.name, seeds=seeds)
-    how = {"fd": lambda: fd_score(rows, other, unequal, measure=measure, **notes), "floor": lambda: _floor(reference, features, other, min(map(len, sides)), seed, batch, folder),
-           "infinity": lambda: _infinity(rows, other), "kid": lambda: kid(rows, other, **notes), "precision": lambda: neighbours(rows, other, unequal=unequal)}
-    return {name: how[name]() for name in MEASURES if name in names and name not in reasons}, reasons
+    notes, fd_name = dict(variant=features.name, seeds=seeds), measure or features.called("FD")
+    how = {"fd": lambda: fd_score(rows, other, unequal, measure=fd_name, **notes),
+           "floor": lambda: _floor(reference, features, other, min(map(len, sides)), seed, batch, folder, dict(measure=fd_name, variant=features.name)),
+           "infinity": lambda: _infinity(rows, other, seed, notes | dict(measure=fd_name)), "kid": lambda: kid(rows, other, measure=features.called("KD"), **notes),
+           "precision": lambda: neighbours(rows, other, unequal=unequal, **notes)}
+    found = {name: how[name]() for name in MEASURES if name in names and name not in reasons}
+    if told := same_images(found):
+        warnings.warn(told, stacklevel=2)
+    return found, reasons
 
 # %% ../nbs/11_features.ipynb #eff65047
 @dataclass(frozen=True, repr=False)
 class SeedBlocks(Estimate):
     "A distance over seed blocks: mean with its error, and the minimum that is often published."
-    measure: str = "FD"   # what the numbers are
-    variant: str = ""     # features
     seeds: tuple = ()     # first seed of every block
 
     @property
@@ -369,11 +413,11 @@ class SeedBlocks(Estimate):
 
     def as_dict(self) -> dict:
         "Plain numbers, ready for JSON."
-        return super().as_dict() | dict(minimum=self.minimum, measure=self.measure, variant=self.variant, seeds=list(self.seeds))
+        return super().as_dict() | dict(minimum=self.minimum, seeds=list(self.seeds))
 
     def __repr__(self):
         ranges = ", ".join(f"{first} to {first + self.block_size - 1}" for first in self.seeds)
-        return f"{self.measure} {super().__repr__()[:-1]} of {self.block_size} images; minimum {self.minimum:.4g}; {self.variant}; seeds {ranges})"
+        return f"{super().__repr__().split('; seeds')[0]}; minimum {self.minimum:.4g}; seeds {ranges})"
 
 
 def seed_blocks(
@@ -383,7 +427,7 @@ def seed_blocks(
     n: int = 50_000,         # images per block, seeds first to first + n - 1
     *,
     batch: int = 64,         # images at a time
-    measure: str = "FD",     # what the number is called
+    measure: str | None = None,  # what the number is called; None: FD, or FID if the features are FID's
 ) -> SeedBlocks:             # mean, error and minimum
     "Distance of every seed block to the reference: EDM's protocol."
     features, firsts = feature_map(features), sorted(blocks)
@@ -393,6 +437,8 @@ def seed_blocks(
     for first, source in sources.items():
         if len(source) != n:
             raise ValueError(f"the block of seed {first} has {len(source)} images, expected n={n}")
-    known = _reference(reference, features) or feature_stats(reference, features, batch)
+    known = _reference(reference, features)
+    _warn_about(reference, known, features)
+    known = known or feature_stats(reference, features, batch)
     found = [feature_stats(source, features, batch) for source in sources.values()]
-    return SeedBlocks(fd_blocks(found, known), n, measure, features.name, tuple(firsts))
+    return SeedBlocks(fd_blocks(found, known), n, measure or features.called("FD"), features.name, tuple(firsts))

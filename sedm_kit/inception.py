@@ -191,8 +191,9 @@ def load_inception(
         raise ValueError(f"{path} is not the Inception of torch-fidelity: {len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}")
     network.load_state_dict(state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = "Inception 2015-12-05" if digest.startswith(KNOWN) else "Inception V3, other weights"
-    return FeatureMap(f"{name} ({'+'.join(outputs)}, {digest[:8]})", network.to(device), raw=True)
+    published = digest.startswith(KNOWN)
+    name = "Inception 2015-12-05" if published else "Inception V3, other weights"
+    return FeatureMap(f"{name} ({'+'.join(outputs)}, {digest[:8]})", network.to(device), raw=True, published=published)
 
 # %% ../nbs/11_inception.ipynb #9b5c5de9
 def fid(
@@ -202,16 +203,17 @@ def fid(
     spatial: bool = False,  # True: sFID
     device: str = "cpu",  # where Inception works
     **options,            # n, seed, unequal, batch, folder, seeds: as for compare
-):                        # Score, with error bar, n, the network's name and seeds
+):                        # Score, with error bar, n, the network's name and seeds; called FD (sFD) unless the weights are the published ones
     "Fréchet Inception Distance of two sets of images, or of images and reference statistics."
     features = load_inception(weights, ("spatial",) if spatial else ("pool",), device)
-    return compare(images, reference, features, measure="sFID" if spatial else "FID", spatial=spatial, **options)
+    return compare(images, reference, features, spatial=spatial, **options)
 
 # %% ../nbs/11_inception.ipynb #4031a470
 def inception_score(
     logits,            # (n, classes)
     splits: int = 10,  # parts, each with its own p(y)
     seed: int = 2020,  # of the shuffle, as torch-fidelity's
+    **notes,           # variant, seeds: as for Estimate
 ) -> Estimate:         # mean over the parts and its error
     "Inception Score of one set of images."
     logits = torch.as_tensor(logits).double()
@@ -220,7 +222,7 @@ def inception_score(
         raise ValueError(f"expected logits (n, classes) with n >= splits >= 2, got {tuple(logits.shape)} and splits={splits}")
     logs = logits[np.random.RandomState(seed).permutation(n)].log_softmax(1)
     parts = [logs[k * n // splits: (k + 1) * n // splits] for k in range(splits)]
-    return Estimate([float((part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp()) for part in parts], n // splits)
+    return Estimate([float((part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp()) for part in parts], n // splits, "IS", **notes)
 
 
 def inception_scores(
@@ -232,17 +234,18 @@ def inception_scores(
     splits: int = 10,     # parts of the Inception Score
     seeds: str = "",      # which seeds made the images
     **options,            # batch, folder: as for extract
-) -> dict:                # FID, sFID, KID: Score; IS: Estimate; precision, recall, density, coverage (k = 3): numbers
+) -> dict:                # FID, sFID, KID (FD, sFD, KD for other weights than the published ones), precision, recall, density, coverage (k = 3): Score; IS: Estimate
     "All measures on Inception features, from one pass over either set."
     features = load_inception(weights, tuple(OUTPUTS), device)
     sides = [dict(zip(OUTPUTS, extract(side, features, **options).split(list(OUTPUTS.values()), 1))) for side in (images, real)]
     notes, (a, b) = dict(variant=features.name, seeds=seeds), sides
+    fid_name, sfid_name, kid_name = map(features.called, ("FD", "sFD", "KD"))
     return {
-        "FID": fd_score(a["pool"], b["pool"], unequal, measure="FID", **notes),
-        "sFID": fd_score(a["spatial"], b["spatial"], unequal, measure="sFID", **notes),
-        "KID": kid(a["pool"], b["pool"], **notes),
-        "IS": inception_score(a["logits"], splits),
-        **neighbours(a["pool"], b["pool"], unequal=unequal)._asdict(),
+        fid_name: fd_score(a["pool"], b["pool"], unequal, measure=fid_name, **notes),
+        sfid_name: fd_score(a["spatial"], b["spatial"], unequal, measure=sfid_name, **notes),
+        kid_name: kid(a["pool"], b["pool"], measure=kid_name, **notes),
+        "IS": inception_score(a["logits"], splits, **notes),
+        **neighbours(a["pool"], b["pool"], unequal=unequal, **notes)._asdict(),
     }
 
 # %% ../nbs/11_inception.ipynb #40bce17d

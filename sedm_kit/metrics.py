@@ -129,7 +129,7 @@ def covariance_factor(
 
 # %% ../nbs/09_metrics.ipynb #93900c91
 def _moments(mu, cov, name):
-    "Mean and covariance as float64 tensors, with shape errors that name them."
+    "Mean and covariance as float64 tensors, with errors that name them."
     mu, cov = (torch.as_tensor(value).to(torch.float64) for value in (mu, cov))
     if mu.ndim != 1 or cov.shape != (len(mu), len(mu)):
         raise ValueError(f"expected mu{name} (f,) and cov{name} (f, f), got {tuple(mu.shape)} and {tuple(cov.shape)}")
@@ -137,6 +137,11 @@ def _moments(mu, cov, name):
         raise ValueError(f"mu{name} or cov{name} holds NaN or infinity; expected finite values")
     if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max():
         raise ValueError(f"cov{name} is not symmetric")
+    least, most = map(float, cov.diagonal().aminmax())
+    if least < 0 or torch.linalg.cholesky_ex(cov + 1e-6 * most * torch.eye(len(cov)).to(cov)).info:  # the quick test fails: now the exact one
+        values = torch.linalg.eigvalsh(cov)
+        if least < 0 or values[0] < -1e-6 * values[-1]:
+            raise ValueError(f"cov{name} is no covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}, and the lowest entry of its diagonal is {least:.3g}; expected none below 0 (eigenvalues: up to a millionth of the highest)")
     return mu, cov
 
 # %% ../nbs/09_metrics.ipynb #c6aea2e2
@@ -144,7 +149,7 @@ def _moments(mu, cov, name):
 class Moments:
     "A mean and a covariance that are given: a published reference, or the exact moments of a known law."
     mean: torch.Tensor       # (f,) float64 after checking; any tensor, array or list
-    cov: torch.Tensor        # (f, f), symmetric
+    cov: torch.Tensor        # (f, f), symmetric, no eigenvalue below 0 (up to a millionth of the highest)
     n: int | None = None     # images behind them; None: unknown or infinitely many
     variant: str = ""        # the features they are moments of; "": not known
 
@@ -161,13 +166,18 @@ class Moments:
 # %% ../nbs/09_metrics.ipynb #0f99fd01
 def frechet_distance(
     mu1,         # (f,) mean, tensor or array
-    cov1,        # (f, f) covariance, any rank
+    cov1,        # (f, f) covariance, any rank; ValueError for eigenvalues below 0
     mu2,         # (f,) mean
     cov2,        # (f, f) covariance, any rank
     root1=None,  # (f, r) G with G G' = cov1 (covariance_factor, symmetric_root) if it is at hand: saves work
 ) -> float:      # squared distance, >= 0, in squared units of the features
     "Fréchet distance of two Gaussians by symmetric eigenvalues (Dowson & Landau 1982)."
     (mu1, cov1), (mu2, cov2) = _moments(mu1, cov1, "1"), _moments(mu2, cov2, "2")
+    return _frechet(mu1, cov1, mu2, cov2, root1)
+
+
+def _frechet(mu1, cov1, mu2, cov2, root1=None):
+    "The distance, of moments that are known to be in order."
     if len(mu1) != len(mu2):
         raise ValueError(f"cannot compare {len(mu1)} with {len(mu2)} feature dimensions")
     mu2, cov2 = mu2.to(mu1.device), cov2.to(mu1.device)
@@ -182,7 +192,7 @@ def fd(
     second,     # of the other side, same number of dimensions
 ) -> float:     # Fréchet distance
     "Fréchet distance of two sets of features, from their statistics."
-    return frechet_distance(first.mean, first.cov, second.mean, second.cov)
+    return _frechet(first.mean, first.cov, second.mean, second.cov)
 
 # %% ../nbs/09_metrics.ipynb #61eedf52
 def fd_of_rows(
@@ -218,6 +228,9 @@ class Estimate:
     "A mean over seed blocks with its standard error (`error`) and the half-width of its 95 % Student-t interval (`ci`)."
     values: Sequence[float]        # one finite number per block, at least two; kept as a tuple
     block_size: int | None = None  # images per block, None where unknown
+    measure: str = ""              # "FD", "FID", "IS", ...; "": what stands beside it says so
+    variant: str = ""              # the features
+    seeds: str = ""                # which seeds made the images
 
     def __post_init__(self):
         values = tuple(float(value) for value in self.values)
@@ -247,11 +260,13 @@ class Estimate:
 
     def as_dict(self) -> dict:
         "Plain numbers, ready for JSON."
-        return dict(mean=self.mean, error=self.error, ci=self.ci, n_blocks=self.n_blocks, block_size=self.block_size, values=list(self.values))
+        notes = {name: getattr(self, name) for name in ("measure", "variant", "seeds") if getattr(self, name)}
+        return dict(mean=self.mean, error=self.error, ci=self.ci, n_blocks=self.n_blocks, block_size=self.block_size, values=list(self.values)) | notes
 
     def __repr__(self):
         digits = _decimals(self.error)
-        return f"{self.mean:.{digits}f} ± {self.error:.{digits}f} ({self.n_blocks} blocks)"
+        notes = [f"{self.n_blocks} blocks" + f" of {self.block_size} images" * bool(self.measure and self.block_size), self.variant, self.seeds and f"seeds {self.seeds}"]
+        return f"{self.measure} {self.mean:.{digits}f} ± {self.error:.{digits}f} ({'; '.join(filter(None, notes))})".lstrip()
 
 # %% ../nbs/09_metrics.ipynb #9e4de390
 def _as_stats(features):
@@ -266,7 +281,7 @@ def warn_if_few(
     "Say what a distance of so few images is worth, and what would be better; silent where n > dims."
     if n <= dims:
         warnings.warn(f"{n} images for {dims} feature dimensions: the covariance is singular and most of the distance is bias; "
-                      f"take more than {dims} images, fewer dimensions, or the unbiased KID, which needs no covariance", stacklevel=4)
+                      f"take more than {dims} images, fewer dimensions, or the unbiased kernel distance (KD, KID), which needs no covariance", stacklevel=4)
 
 
 def fd_blocks(
@@ -282,16 +297,17 @@ def fd_blocks(
         warn_if_few(sizes[0], blocks[0].dim)
     mu, cov = reference.mean, reference.cov
     root = covariance_factor(cov)
-    return np.array([frechet_distance(mu, cov, block.mean, block.cov, root1=root) for block in blocks])
+    return np.array([_frechet(mu, cov, block.mean, block.cov, root) for block in blocks])
 
 
 def fd_with_error(
     blocks,        # at least two seed blocks of equal size, see fd_blocks
     reference,     # FeatureStats or Moments of the real data, or its features
+    **notes,       # measure, variant, seeds: as for Estimate
 ) -> Estimate:     # mean over blocks and its error, at this block size
     "Fréchet distance with its error over seed blocks."
     blocks = [_as_stats(block) for block in blocks]
-    return Estimate(fd_blocks(blocks, reference), blocks[0].n if blocks else None)
+    return Estimate(fd_blocks(blocks, reference), blocks[0].n if blocks else None, **notes)
 
 # %% ../nbs/09_metrics.ipynb #6db49f67
 @dataclass(frozen=True, repr=False)
@@ -334,6 +350,7 @@ def real_floor(
     blocks: int = 5,           # number of blocks, >= 2
     seed: int = 0,             # of the draw
     reference=None,            # FeatureStats or features to compare with; None: the real images themselves; "others": n others of them
+    **notes,                   # measure, variant: as for Estimate
 ) -> Estimate:                 # FD that n perfect samples would show
     "Fréchet distance of real images against the reference, at the same n and the same number of blocks."
     real = torch.as_tensor(real)
@@ -341,22 +358,22 @@ def real_floor(
         raise ValueError(f"the floor needs n >= 2 images and at least 2 blocks, got n={n} and blocks={blocks}")
     rng = torch.Generator().manual_seed(seed)
     if isinstance(reference, str):
-        return _floor_of_splits(real, n, blocks, rng, reference)
+        return _floor_of_splits(real, n, blocks, rng, reference, notes)
     if reference is not None and blocks * n <= len(real):
         picked = torch.randperm(len(real), generator=rng)[: blocks * n]
     else:
         picked = torch.randint(len(real), (blocks * n,), generator=rng)
     picked = picked.view(blocks, n).to(real.device)
-    return fd_with_error((real[rows] for rows in picked), real if reference is None else reference)
+    return fd_with_error((real[rows] for rows in picked), real if reference is None else reference, **notes)
 
 
-def _floor_of_splits(real, n, blocks, rng, reference):
+def _floor_of_splits(real, n, blocks, rng, reference, notes):
     "Each block: n real images against n others, drawn anew."
     if reference != "others" or 2 * n > len(real):
         raise ValueError(f'expected reference="others" and at least 2 n images, got {reference!r} and {len(real)} images for n={n}')
     splits = [real[torch.randperm(len(real), generator=rng)[: 2 * n].to(real.device)] for _ in range(blocks)]
     warn_if_few(n, splits[0][0].numel())
-    return Estimate([fd_of_rows(split[:n], split[n:]) for split in splits], n)
+    return Estimate([fd_of_rows(split[:n], split[n:]) for split in splits], n, **notes)
 
 # %% ../nbs/09_metrics.ipynb #5c22a867
 def moment_map(

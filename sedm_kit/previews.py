@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'SHOWN', 'ENOUGH', 'LARGEST', 'TRAINING', 'GRID', 'SURFACE_SEED', 'Knobs', 'guidance_of', 'sampler_arguments',
            'window_text', 'spaces_of', 'Preview', 'first_levels', 'Previews', 'stored_surface', 'measured_surface',
-           'space_of', 'ridge_line', 'best_found', 'automatic_lambda', 'code_of']
+           'space_of', 'ridge_line', 'best_found', 'at_the_edge', 'automatic_lambda', 'code_of']
 
 # %% ../nbs/15_previews.ipynb #34dfb8cb
 import math
@@ -49,6 +49,10 @@ class Knobs:
         "Whether a discriminator is asked."
         return bool(self.w or self.w_later)
 
+    def ground(self) -> "Knobs":
+        "What a surface over lambda and w belongs to: everything but these two and the seed."
+        return replace(self, scaling=1.0, w=0.0, seed=0)
+
     def plain(self) -> "Knobs":
         "The same run without scaling and guidance: what a setting is compared with."
         return replace(self, scaling=1.0, w=0.0, w_later=0.0, window=(0.01, 1.0), guide=None)
@@ -86,11 +90,13 @@ def window_text(
     knobs: Knobs,
     world: World,
 ) -> str:
-    "The window of guidance in noise levels, and how many steps it opens for."
-    low, high = (vp_sigma(tau).item() for tau in knobs.window)
+    "Where guidance acts in noise levels, which is where its discriminator was trained, too, and for how many steps."
     guide = world.log_ratio.get(knobs.guide or knobs.solver)
-    is_open = DiscriminatorGuidance(guide, 1.0, knobs.window).open(study_sigmas(world.denoiser, knobs.steps)[:-1])
-    return f"σ from {low:.3g} to {high:.3g}: {int(is_open.sum())} of {knobs.steps} steps guided"
+    ends = [vp_sigma(tau).item() for tau in knobs.window], getattr(guide, "sigma_range", (0.0, math.inf))
+    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+    sigmas = study_sigmas(world.denoiser, knobs.steps)
+    is_open = DiscriminatorGuidance(guide, 1.0, knobs.window).open(sigmas[:-1])
+    return f"σ from {low:.3g} to {high:.3g}: {int(is_open.sum())} of {knobs.steps} steps {'guided' if knobs.guided else 'would be guided'}"
 
 # %% ../nbs/15_previews.ipynb #c4e53bee
 SHOWN = 16        # images of a preview
@@ -187,10 +193,10 @@ SURFACE_SEED = 3_750_000  # first seed of such a grid
 def stored_surface(
     world: World,
     knobs: Knobs,
-) -> dict | None:  # "lambdas", "weights", "pixel" (lambdas, weights), "n", "seeds"; None: nothing was measured for this solver, number of steps, churn and discriminator
+) -> dict | None:  # "lambdas", "weights", "pixel" (lambdas, weights), "n", "seeds"; None: nothing was measured for this solver, number of steps, churn, window and discriminator
     "The surface that a world's card holds."
     tuned = world.card.get("tuned", {}).get(knobs.solver, {})
-    if tuned.get("steps") != knobs.steps or "surface" not in tuned or knobs.churn.s_churn or knobs.guide not in (None, knobs.solver):
+    if "surface" not in tuned or knobs.ground() != Knobs(knobs.solver, tuned["steps"]):
         return None
     surface, seeds = tuned["surface"], tuned["seeds"]
     return {"lambdas": np.array(surface["lambda"]), "weights": np.array(surface["w"]), "pixel": np.array(surface["fd"]), "n": seeds[1] - seeds[0] + 1, "seeds": seeds}
@@ -198,17 +204,18 @@ def stored_surface(
 
 def measured_surface(
     world: World,
-    knobs: Knobs,                      # solver, discriminator
+    knobs: Knobs,                      # all but lambda, w and the seeds is as here
     tell: Callable = lambda share: None,  # share that is done; may raise
 ) -> dict:                             # as from grid, in one space: pixels, or features where images are large
-    "A coarse surface for the solver and the steps of a setting, churn and window aside."
+    "A coarse surface over lambda and w around a setting."
     weights = GRID["weights"] if (knobs.guide or knobs.solver) in world.log_ratio else (0.0,)
     total, asked = len(GRID["lambdas"]) * len(weights) * GRID["n"] * count_evaluations(knobs.solver, knobs.steps), []
     def count(images):
         asked.append(images)
         tell(sum(asked) / total)
     seeds, watched = range(SURFACE_SEED, SURFACE_SEED + GRID["n"]), replace(world, denoiser=Watched(world.denoiser, count))
-    return grid(watched, seeds, study_sigmas(world.denoiser, knobs.steps), solver=knobs.solver, lambdas=GRID["lambdas"], weights=weights, guide=knobs.guide, spaces=spaces_of(world)[:1], micro_batch=GRID["n"], device=world.train.device, progress=False)
+    return grid(watched, seeds, study_sigmas(world.denoiser, knobs.steps), solver=knobs.solver, lambdas=GRID["lambdas"], weights=weights, guide=knobs.guide, spaces=spaces_of(world)[:1], micro_batch=GRID["n"],
+                fixed={"w_later": knobs.w_later, "window_low": knobs.window[0], "window_high": knobs.window[1]}, churn=knobs.churn if knobs.churn.s_churn else None, device=world.train.device, progress=False)
 
 
 def space_of(
@@ -231,7 +238,15 @@ def best_found(
 ) -> Knobs:                # lambda and w replaced by those of the lowest point
     "The best point of a surface."
     found = lowest(surface, space_of(surface))
-    return replace(knobs, scaling=round(found["lambda"], 4), w=found["w"], w_later=0.0, window=(0.01, 1.0))
+    return replace(knobs, scaling=round(found["lambda"], 4), w=found["w"])
+
+
+def at_the_edge(
+    knobs: Knobs,
+    surface: dict,   # as above
+) -> bool:           # whether lambda or w lies at an end of what was measured
+    "An edge is no optimum: the distance may fall on beyond it."
+    return any(value <= ends[0] + 1e-9 or value >= ends[-1] - 1e-9 for value, ends in ((knobs.scaling, surface["lambdas"]), (knobs.w, surface["weights"])) if value and len(ends) > 1)
 
 
 def automatic_lambda(

@@ -60,7 +60,7 @@ def influence(
 @dataclass(frozen=True, repr=False)
 class Score:
     "A number about a set of images, with what must be known to compare it with another one."
-    measure: str               # "FD", "FID", "KID", ...
+    measure: str               # "FD", "FID", "KD", ...
     value: float               # the number
     error: float               # one standard error
     n: int                     # images
@@ -72,12 +72,21 @@ class Score:
         "Plain numbers, ready for JSON."
         return asdict(self)
 
-    def __repr__(self):
+    @property
+    def number(self) -> str:
+        "Name, value and error."
         digits, exact = _decimals(self.error), self.value == self.error == 0
         number = "0" if exact else f"{self.value:.3g} ± {self.error:.2g}" if digits > 8 else f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+        return f"{self.measure} {number}"
+
+    @property
+    def notes(self) -> str:
+        "What must be known to compare it."
         against = "a fixed reference" if self.n_reference is None else f"{self.n_reference} images"
-        notes = [f"{self.n} images against {against}", self.variant, f"seeds {self.seeds or 'not recorded'}"]
-        return f"{self.measure} {number} ({'; '.join(filter(None, notes))})"
+        return "; ".join(filter(None, [f"{self.n} images against {against}", self.variant, f"seeds {self.seeds or 'not recorded'}"]))
+
+    def __repr__(self):
+        return f"{self.number} ({self.notes})"
 
 
 def fd_score(
@@ -178,9 +187,10 @@ def fd_change(
 
 # %% ../nbs/09_resampling.ipynb #461c7b72
 def fd_infinity(
-    blocks,                 # at least two seed blocks of equal size: features (n, f) or images
+    blocks,                 # at least two seed blocks of equal size: features (n, f) or images; rows exchangeable, so in no order of classes or writers (shuffle those first)
     reference,              # FeatureStats or Moments of the real data, taken as fixed: its own bias stays; or as many blocks of real images, which are divided alike
     parts=(1, 2, 4),        # numbers of parts a block is divided into, at least two different ones
+    **notes,                # measure, variant, seeds: as for Estimate
 ) -> Estimate:              # FD at n = infinity, one value per block
     "Fréchet distance without the bias of a finite number of images."
     blocks, parts = [feature_rows(block) for block in blocks], np.array(sorted(set(parts)))
@@ -197,4 +207,4 @@ def fd_infinity(
     cut = lambda rows, p: [rows] * p if isinstance(rows, (FeatureStats, Moments)) else rows[: n // p * p].view(p, n // p, f)
     values = np.array([[np.mean([fd_of_rows(*pair) for pair in zip(cut(block, p), cut(other, p))]) for p in parts] for block, other in zip(blocks, others)])
     intercept = np.linalg.pinv(np.stack([np.ones(len(parts)), parts], 1))[0]
-    return Estimate(values @ intercept, n)
+    return Estimate(values @ intercept, n, **notes)

@@ -112,32 +112,38 @@ def fit_region(
     box: np.ndarray,      # (d, 2) the search box
     last: Fit | None,     # the region before, for the check by a cubic
 ) -> Fit:
-    "Fit the quadratic, find its lowest point, and the error of that."
+    "Fit the surface, find its lowest point, and the error of that."
     z = (fit.points - fit.center) / fit.half
     solve, d = np.linalg.pinv(polynomial(z)), z.shape[1]
     limits = (box - fit.center[:, None]) / fit.half[:, None]
     bounds = np.stack([limits[:, 0].clip(min=-REACH), limits[:, 1].clip(max=REACH)], 1)
     fit.coefficients = solve @ fit.parts.mean(1)
-    best = lowest_point(fit.coefficients, bounds)
-    place = jackknifed(lambda values: lowest_point(solve @ values, bounds, near=best), fit.parts)
+    through, degree, best = lambda values: solve @ values, 2, lowest_point(fit.coefficients, bounds)
+    other = best
+    if last is not None:
+        cubic = _cubic(fit, last)
+        other = lowest_point(cubic, bounds, 3, near=best)
+    if last is not None and d == 1:  # two regions tell the one third power well, but hardly the many of several variables
+        through, degree = lambda values: np.append(solve @ (values - cubic[-1] * z[:, 0] ** 3), cubic[-1]), 3
+        other, best = best, lowest_point(through(fit.parts.mean(1)), bounds, 3, near=other)
+    place = jackknifed(lambda values: lowest_point(through(values), bounds, degree, near=best), fit.parts)
     fit.best, fit.spread = fit.center + fit.half * best, np.atleast_2d(np.cov(place.T)) / len(place) * np.outer(fit.half, fit.half)
-    fit.loss = Estimate(jackknifed(lambda values: polynomial(best[None])[0] @ (solve @ values), fit.parts), fit.n // fit.parts.shape[1])
+    gap = fit.half * (best - other)
+    fit.model = np.outer(gap, gap) / 4 if last is not None else np.diag((0.3 * fit.half) ** 2)  # before a second region is measured nothing is known of the shape
+    fit.loss = Estimate(jackknifed(lambda values: polynomial(best[None], degree)[0] @ through(values), fit.parts), fit.n // fit.parts.shape[1])
     stuck = (best <= bounds[:, 0] + 1e-6) & (limits[:, 0] < -REACH) | (best >= bounds[:, 1] - 1e-6) & (limits[:, 1] > REACH)
     fit.inside = not stuck.any()
-    gap = fit.half * (best - _cubic_point(fit, last, best, bounds)) if last is not None else 0.3 * fit.half
-    fit.model = np.outer(gap, gap) / 4 if last is not None else np.diag(gap**2)  # before a second region is measured nothing is known of the shape
     return fit
 
 
-def _cubic_point(fit, last, best, bounds):
-    "Lowest point, near the quadratic's, of a cubic through both regions; each has its own height, as its seeds differ."
+def _cubic(fit, last):
+    "Coefficients of a cubic through both regions; each has its own height, as its seeds differ."
     z = (np.concatenate([fit.points, last.points]) - fit.center) / fit.half
     far = np.repeat([0.0, 1.0], [len(fit.points), len(last.points)])[:, None]
     weight = np.sqrt(np.repeat([fit.n, last.n], [len(fit.points), len(last.points)]))
     values = np.concatenate([fit.parts.mean(1), last.parts.mean(1)])
     terms = np.hstack([polynomial(z, 3), far])
-    solved = np.linalg.lstsq(terms * weight[:, None], values * weight, rcond=1e-8)[0]
-    return lowest_point(solved[:-1], bounds, 3, near=best)
+    return np.linalg.lstsq(terms * weight[:, None], values * weight, rcond=1e-8)[0][:-1]
 
 # %% ../nbs/12_response.ipynb #9f5f91a0
 FEWEST = 400       # images per point in the first stage, if there are many

@@ -101,6 +101,8 @@ def grid(
     solver: str = "euler",
     lambdas: Sequence[float] = (1.0,),  # constants to divide epsilon by
     weights: Sequence[float] = (0.0,),  # guidance weights of the first evaluation
+    fixed: dict | None = None,        # other parameters of NEUTRAL, the same at every point
+    churn=None,                       # EDM's stochasticity, as for sample
     guide: str | None = None,         # whose samples the discriminator that guides was trained on; None: this solver's
     spaces=SPACES,                    # where images are compared
     groups: int = GROUPS,             # groups of seeds that the error bars come from
@@ -114,8 +116,8 @@ def grid(
     with tqdm(total=len(lambdas) * len(weights), disable=not progress, desc=f"grid, {solver}") as bar:
         for lam in lambdas:
             for w in weights:
-                settings = sampler_settings({"lambda": lam, "w": w}, world.log_ratio.get(guide))
-                images = sample_seeds(world.denoiser, seeds, sigmas, shape=world.shape, micro_batch=micro_batch, device=device, solver=solver, **settings)
+                settings = sampler_settings({**(fixed or {}), "lambda": lam, "w": w}, world.log_ratio.get(guide))
+                images = sample_seeds(world.denoiser, seeds, sigmas, shape=world.shape, micro_batch=micro_batch, device=device, solver=solver, churn=churn, **settings)
                 found.append(distances(world, images, real, groups))
                 bar.update()
     shaped = lambda key, space: np.array([values[space][key] for values in found]).reshape(len(lambdas), len(weights), -1)

@@ -39,7 +39,7 @@ def _leave_one_out(own, across, rest, n, m):
 def kid(
     a,          # (n, f) features or images, n >= 3
     b,          # (m, f) of the other set, m >= 3
-    **notes,    # measure, variant, seeds: as for Score; measure is "KID" unless said otherwise
+    **notes,    # measure, variant, seeds: as for Score; measure is "KD" unless said otherwise
 ) -> Score:     # unbiased: may be negative; with the jackknife's standard error
     "Squared maximum mean discrepancy with the cubic kernel of KID, from all pairs."
     x, y = feature_rows(a), feature_rows(b)
@@ -51,15 +51,18 @@ def kid(
     term_x, term_y = own_x.sum() / (n * (n - 1)), own_y.sum() / (m * (m - 1))
     value = term_x + term_y - 2 * across_x.sum() / (n * m)
     variance = _leave_one_out(own_x, across_x, term_y, n, m) + _leave_one_out(own_y, across_y, term_x, m, n)
-    return Score(**{"measure": "KID", **notes}, value=float(value), error=float(variance.sqrt()), n=n, n_reference=m)
+    return Score(**{"measure": "KD", **notes}, value=float(value), error=float(variance.sqrt()), n=n, n_reference=m)
 
-# %% ../nbs/09_two_samples.ipynb #0c98cedd
+# %% ../nbs/09_two_samples.ipynb #a2d6825d
 class Neighbours(NamedTuple):
-    "Shares by nearest neighbours, each between 0 and 1 (density: 0 and above)."
-    precision: float  # generated images that lie in the region of the real ones
-    recall: float     # real images that lie in the region of the generated ones
-    density: float    # real balls around a generated image, over k; about 1 for equal laws
-    coverage: float   # real balls that hold a generated image
+    "Shares by nearest neighbours with their errors, each between 0 and 1 (density: 0 and above)."
+    precision: Score  # generated images that lie in the region of the real ones
+    recall: Score     # real images that lie in the region of the generated ones
+    density: Score    # real balls around a generated image, over k; about 1 for equal laws
+    coverage: Score   # real balls that hold a generated image
+
+    def __repr__(self):
+        return f"{', '.join(share.number for share in self)} ({self.precision.notes})"
 
 
 def _distances(rows, others, chunk=1 << 24):
@@ -69,9 +72,31 @@ def _distances(rows, others, chunk=1 << 24):
         yield first, torch.cdist(rows[first: first + size], others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _radii(rows, k):
-    "Distance of every row to its k-th neighbour in the same set."
-    return torch.cat([distance.kthvalue(k + 1, 1).values for _, distance in _distances(rows, rows)])  # the nearest is the row itself
+def _kept(n, halves, generator, device):
+    "Masks over n rows: all of them, and some random halves."
+    return [torch.ones(n, dtype=torch.bool, device=device), *(torch.randperm(n, generator=generator).to(device) < n // 2 for _ in range(halves))]
+
+
+def _radii(rows, k, kept):
+    "Distance of every row to its k-th neighbour in the same set, for every mask: of those rows alone."
+    found = [torch.stack([distance[:, keep].kthvalue(k + 1, 1).values for keep in kept]) for _, distance in _distances(rows, rows)]  # the nearest is the row itself
+    return torch.cat(found, 1)
+
+
+def _shares(x, y, k, kept_x, kept_y):
+    "Precision, recall, density and coverage for every pair of masks: (masks, 4)."
+    own, real, found = _radii(x, k, kept_x), _radii(y, k, kept_y), [[] for _ in kept_x]
+    for first, distance in _distances(x, y):
+        part = slice(first, first + len(distance))
+        for chunks, keep_x, keep_y, radius_x, radius_y in zip(found, kept_x, kept_y, own, real):
+            near = distance[keep_x[part]][:, keep_y]
+            inside = near <= radius_y[keep_y]
+            chunks.append((inside.sum(1), inside.any(0), (near <= radius_x[part][keep_x[part], None]).any(0)))
+    shares = []
+    for balls, covered, recalled in (zip(*chunks) for chunks in found):
+        balls, covered, recalled = torch.cat(balls).double(), torch.stack(covered).any(0).double(), torch.stack(recalled).any(0).double()
+        shares.append([(balls > 0).double().mean(), recalled.mean(), balls.mean() / k, covered.mean()])
+    return np.array(shares, dtype=float)
 
 
 def neighbours(
@@ -79,23 +104,22 @@ def neighbours(
     real,                   # (n, f)
     k: int = 3,             # which neighbour sets the size of a ball; 3 for precision and recall, 5 for density and coverage in their papers
     unequal: bool = False,  # allow different numbers of images
-) -> Neighbours:            # precision, recall, density, coverage
-    "Precision, recall, density and coverage by k nearest neighbours."
+    seed: int = 0,          # of the halves of the error bar
+    variant: str = "",      # the features
+    seeds: str = "",        # which seeds made the images
+) -> Neighbours:            # precision, recall, density, coverage: Scores
+    "Precision, recall, density and coverage by k nearest neighbours, with errors from random halves."
     x, y = feature_rows(generated), feature_rows(real)
-    if x.shape[1] != y.shape[1] or not 1 <= k < min(len(x), len(y)):
-        raise ValueError(f"expected two sets of equal dimensions and 1 <= k < their sizes, got {tuple(x.shape)}, {tuple(y.shape)} and k={k}")
-    if len(x) != len(y) and not unequal:
-        raise ValueError(f"{len(x)} generated against {len(y)} real images: these shares depend on the numbers, so take {min(len(x), len(y))} of both, or allow it (unequal=True, --unequal)")
-    y = y.to(x.device)
-    own, real_radii = _radii(x, k), _radii(y, k)
-    balls, covered, recalled = [], torch.zeros(len(y), dtype=torch.bool, device=x.device), torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    for first, distance in _distances(x, y):
-        inside = distance <= real_radii
-        balls.append(inside.sum(1))
-        covered |= inside.any(0)
-        recalled |= (distance <= own[first: first + len(distance), None]).any(0)
-    balls = torch.cat(balls).double()
-    return Neighbours(float((balls > 0).double().mean()), float(recalled.double().mean()), float(balls.mean() / k), float(covered.double().mean()))
+    n, m, fewest = len(x), len(y), min(len(x), len(y))
+    if x.shape[1] != y.shape[1] or not 1 <= k < fewest // 2:
+        raise ValueError(f"expected two sets of equal dimensions and 1 <= k < half their sizes, got {tuple(x.shape)}, {tuple(y.shape)} and k={k}")
+    if n != m and not unequal:
+        raise ValueError(f"{n} generated against {m} real images: these shares depend on the numbers, so take {fewest} of both, or allow it (unequal=True, --unequal)")
+    generator = torch.Generator().manual_seed(seed)
+    values, *halved = _shares(x, y.to(x.device), k, *(_kept(size, 16, generator, x.device) for size in (n, m)))
+    errors = np.maximum(np.std(halved, axis=0, ddof=1), 1 / fewest)
+    notes = dict(n=n, n_reference=m, variant="; ".join(filter(None, (variant, f"k = {k}"))), seeds=seeds)
+    return Neighbours(*(Score(name, float(value), float(error), **notes) for name, value, error in zip(Neighbours._fields, values, errors)))
 
 # %% ../nbs/09_two_samples.ipynb #af78a81b
 def c2st(
@@ -116,4 +140,4 @@ def c2st(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of steps is meant
         network.fit(np.concatenate([x[train], y[train]]), np.repeat([1, 0], len(train)))
-    return Estimate([(network.predict(x[part]).mean() + 1 - network.predict(y[part]).mean()) / 2 for part in test], 2 * size)
+    return Estimate([(network.predict(x[part]).mean() + 1 - network.predict(y[part]).mean()) / 2 for part in test], 2 * size, "C2ST")

@@ -169,7 +169,7 @@ def test_no_other_constant_is_better(run):
     assert found.after < min(away) and away[0] > away[1] and away[3] > away[2]
     assert_close(found.after, drift(mixture, replace(run, scaling=found.scaling), 128)["fd"])
     assert_close(found.before, drift(mixture, replace(run, scaling=1.0), 128)["fd"])
-    assert str(found) == f"λ = {found.scaling:.4f} takes away {100 * found.share:.0f} % of the distance"
+    assert str(found) == f"λ = {found.scaling:.4f} takes away {100 * found.share:.0f} % of the distance (of the seeds it was found with)"
 
 
 def test_on_a_gaussian_it_is_the_neutral_lambda():

@@ -1,14 +1,16 @@
 "Streams, files and comparisons of features."
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sedm_kit.command import main
-from sedm_kit.features import (MEASURES, FeatureMap, choose, compare, compare_by, extract, feature_map, feature_stats, fingerprint, holds_moments, read_moments, seed_blocks,
+from sedm_kit.features import (MEASURES, PIXELS, FeatureMap, choose, compare, compare_by, extract, feature_map, feature_stats, fingerprint, holds_moments, read_moments, same_images, seed_blocks,
                                write_moments)
 from sedm_kit.images import open_images, write_edm_zip, write_folder, write_npz
-from sedm_kit.metrics import FeatureStats, Moments, fd, real_floor
+from sedm_kit.metrics import FeatureStats, Moments, fd, fd_of_rows, real_floor
 from sedm_kit.resampling import fd_infinity
 from sedm_kit.two_samples import kid, neighbours
 
@@ -44,6 +46,20 @@ def test_features_that_are_none(function, message):
         extract(pictures(6), FeatureMap("odd", function))
     with pytest.raises(ValueError, match="known: pixels, digits, patches"):
         extract(pictures(6), "dino")
+
+
+def test_a_worlds_network_says_which_images_it_takes():
+    assert feature_map("digits").shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="'network of the world digits' take images of 1x8x8, got 1x16x16; use pixels or inception, or resize"):
+        compare(pictures(30, size=16), pictures(30, 1, size=16), "digits")
+
+
+def test_only_the_published_inceptions_numbers_are_called_fid():
+    published = FeatureMap("Inception 2015-12-05", PIXELS.function, published=True)
+    assert [published.called(name) for name in ("FD", "sFD", "KD")] == ["FID", "sFID", "KID"] and PIXELS.called("KD") == "KD"
+    found, _ = compare_by(pictures(200), pictures(200, 1), published)
+    assert [found[name].measure for name in found] == ["FID", "FID", "FID", "KID"]
+    assert seed_blocks({0: pictures(40), 40: pictures(40, 1)}, pictures(90, 2), published, n=40).measure == "FID"
 
 
 def test_fingerprints_see_every_weight_and_the_class():
@@ -126,6 +142,7 @@ def test_moments_go_to_a_file_and_back(tmp_path):
     (dict(mu=np.zeros(2), sigma=np.array([[1, np.nan], [np.nan, 1]])), "holds NaN"),
     (dict(mu=np.array([None, None]), sigma=np.eye(2)), "no npz of reference statistics"),
     (dict(mu=np.zeros(2, int), sigma=np.eye(2)), "not floats"),
+    (dict(mu=np.zeros(16), sigma=-np.eye(16)), "odd.npz.*no covariance: its eigenvalues reach from -1 to -1.*expected none below 0"),
 ])
 def test_reference_files_that_are_none(tmp_path, arrays, message):
     np.savez(tmp_path / "odd.npz", **arrays)
@@ -174,14 +191,64 @@ def test_several_measures_are_those_of_the_library():
     a, b, more = pictures(200), pictures(200, 1), pictures(430, 1)
     found, left_out = compare_by(a, b, measures=MEASURES)
     assert left_out == {} and list(found) == list(MEASURES)
-    assert found["fd"] == compare(a, b) and found["kid"] == kid(a, b, variant="pixels", seeds="") and found["precision"] == neighbours(a, b)
-    assert found["infinity"] == fd_infinity(a.view(5, 40, -1), b.view(5, 40, -1), (1, 2)) and found["floor"] == real_floor(b.flatten(1), 100, reference="others")
+    assert found["fd"] == compare(a, b) and found["kid"] == kid(a, b, variant="pixels", seeds="") and found["precision"] == neighbours(a, b, variant="pixels")
+    rng, notes = torch.Generator().manual_seed(0), dict(measure="FD", variant="pixels")
+    cut = [side[torch.randperm(200, generator=rng)].view(5, 40, -1) for side in (a, b)]
+    assert found["infinity"] == fd_infinity(*cut, (1, 2), **notes) and found["floor"] == real_floor(b.flatten(1), 100, reference="others", **notes)
     only, _ = compare_by(a, b, measures=["kid"])
     assert list(only) == ["kid"]
     wide, left_out = compare_by(a, more, n=200, seed=2)  # 200 compared, 200 others beside them
     assert wide["floor"].block_size == 200 and "precision" not in wide and left_out == {}
     picked = torch.cat([choose(open_images(more), 200, 2)[:], choose(open_images(more), 200, 2, skip=200)[:]])
-    assert len(picked.flatten(1).unique(dim=0)) == 400 and wide["floor"] == real_floor(picked.flatten(1), 200, seed=2, reference="others")
+    assert len(picked.flatten(1).unique(dim=0)) == 400 and wide["floor"] == real_floor(picked.flatten(1), 200, seed=2, reference="others", measure="FD", variant="pixels")
+
+
+def test_files_in_the_order_of_classes_are_shuffled_before_they_are_cut():
+    level = torch.arange(10).repeat_interleave(40)[:, None, None, None] / 8 - 0.6  # ten classes, one after the other
+    a, b = (0.3 * pictures(400, seed) + level for seed in (0, 1))
+    found = compare_by(a, b, measures=["infinity"])[0]["infinity"]
+    mixed = torch.randperm(400, generator=torch.Generator().manual_seed(9))
+    shuffled = compare_by(a[mixed], b[mixed.flip(0)], measures=["infinity"])[0]["infinity"]
+    assert abs(found.mean - shuffled.mean) < 3 * np.hypot(found.error, shuffled.error) and abs(found.mean) < found.ci
+    in_order = fd_infinity(a.view(5, 80, -1), b.flip(0).reshape(5, 80, -1), (1, 2))  # what it was without
+    assert abs(in_order.mean) > 10 * abs(found.mean)
+    assert compare_by(a, b, measures=["infinity"], seed=1)[0]["infinity"] != found
+
+
+def test_every_measure_names_features_and_numbers():
+    found, _ = compare_by(pictures(200), pictures(200, 1), measures=MEASURES, seeds="0-199")
+    assert all("pixels" in repr(one) for one in found.values())
+    assert repr(found["floor"]).startswith("FD ") and "(5 blocks of 100 images; pixels)" in repr(found["floor"])
+    assert "(5 blocks of 40 images; pixels; seeds 0-199)" in repr(found["infinity"]) and repr(found["kid"]).startswith("KD ")
+    assert "(200 images against 200 images; pixels; k = 3; seeds 0-199)" in repr(found["precision"]) and repr(found["precision"]).count(" ± ") == 4
+
+
+def test_the_same_images_as_floats_and_bytes_are_recognised():
+    a, b = pictures(300), pictures(300, 1)
+    with pytest.warns(UserWarning, match="^KD -.* is far below zero.*look like the same images"):
+        compare_by(a, (a * 127.5 + 127.5).to(torch.uint8))
+    with pytest.warns(UserWarning, match="^FD 0.0.* is far below the .* that independent real images show"):
+        compare_by(a, (a * 127.5 + 127.5).to(torch.uint8), measures=["fd", "floor"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same_images(compare_by(a, b)[0]) == "" and same_images(compare_by(a, a)[0]) == ""
+        for seed in range(20):  # independent sets, heavy tails too
+            compare_by(pictures(60, 2 * seed) ** 9, pictures(60, 2 * seed + 1) ** 9, measures=["fd", "floor", "kid"])
+
+
+def test_references_that_do_not_say_what_they_are(tmp_path):
+    np.savez(tmp_path / "plain.npz", mu=np.zeros(16), sigma=np.eye(16) / 3)
+    with pytest.warns(UserWarning, match="plain.npz does not say of which features its statistics are; .*'pixels'"):
+        compare(pictures(30), tmp_path / "plain.npz")
+    with pytest.warns(UserWarning, match="does not say of which features"):
+        seed_blocks({0: pictures(30), 30: pictures(30, 1)}, tmp_path / "plain.npz", n=30)
+    write_moments(tmp_path / "known.npz", FeatureStats.of(pictures(50, 1)), "pixels")
+    with pytest.warns(UserWarning, match=r"30 images against statistics of 50: .*unequal=True, --unequal"):
+        score = compare(pictures(30), tmp_path / "known.npz")
+    assert "30 images against 50 images" in repr(score)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare(pictures(30), tmp_path / "known.npz", unequal=True) == score and compare(pictures(50), tmp_path / "known.npz").n == 50
 
 
 def test_measures_that_cannot_be_had_are_named_before_features_are_computed(monkeypatch):
@@ -218,7 +285,8 @@ def test_blocks_give_mean_error_and_minimum():
     found = seed_blocks(blocks, reference, n=40)
     values = [fd(FeatureStats.of(images), reference) for images in blocks.values()]
     assert found.values == pytest.approx(values) and found.minimum == pytest.approx(min(values)) and found.mean > found.minimum
-    assert found.as_dict()["seeds"] == [0, 40, 80] and "minimum" in repr(found) and "seeds 0 to 39, 40 to 79, 80 to 119" in repr(found)
+    assert found.as_dict()["seeds"] == [0, 40, 80] and repr(found).startswith("FD ")
+    assert "(3 blocks of 40 images; pixels; minimum " in repr(found) and "seeds 0 to 39, 40 to 79, 80 to 119)" in repr(found)
     assert seed_blocks(blocks, pictures(400, 7), n=40).values == pytest.approx(values)
     with pytest.raises(ValueError, match=r"do not overlap .*at least n=50 apart\), got \[0, 40, 80\]"):
         seed_blocks(blocks, reference, n=50)
@@ -246,7 +314,8 @@ def test_the_command_prints_value_error_n_variant_and_seeds(tmp_path, capsys):
     assert lines[0] == lines[1] != lines[2] and lines[0].startswith("FD ") and " ± " in lines[0]
     assert "40 images against 40 images; pixels; seeds 0-39" in lines[0] and "against 200 images" in lines[2]
     warned = told.err.splitlines()
-    assert len(warned) == 3 and all(line.startswith("sedm fid: warning: 40 images for 64 feature dimensions: ") and "KID" in line for line in warned)
+    few = [line.startswith("sedm fid: warning: 40 images for 64 feature dimensions: ") and "KID" in line for line in warned]
+    assert len(warned) == 4 and sum(few) == 3 and sum("40 images against statistics of 200" in line for line in warned) == 1
     assert main(["fid", str(tmp_path / "a.npz"), str(tmp_path / "b"), "--features", "digits", "--n", "30", "--cache", str(tmp_path / "kept")]) == 0
     assert len(list((tmp_path / "kept").iterdir())) == 2 and "  without floor: it needs at least 60 real images, and there are 40" in capsys.readouterr().out.splitlines()
 
@@ -262,14 +331,14 @@ def test_the_command_says_what_else_must_be_known(tmp_path, capsys):
     assert first.startswith("FD ") and "(200 images against 200 images; pixels; seeds not recorded)" in first and "bias" in bias and "standard error" in bias
     assert floor.startswith("  floor: 200 real images against 200 others show FD ") and "about" not in floor
     assert infinity.startswith("  extended to infinitely many images: FD ") and "on both sides; from 5 blocks of 40" in infinity
-    assert kernel.startswith("  KID ") and " ± " in kernel
+    assert kernel.startswith("  KD ") and " ± " in kernel and kernel.endswith("which has no such bias") and all("; pixels)" in line for line in (floor, infinity))
     status, told = call("b.npz", "b.npz")
     assert status == 0 and told.out == "FD 0 (500 images against 500 images; pixels; seeds not recorded)\n  both sides hold the same images\n" and told.err == ""
     _, told = call("a.npz", "c.npz")
     assert "against 500 images" in told.out and "the bias of the reference stays" in told.out
     assert [line.split(":")[0] for line in told.out.splitlines()[-2:]] == ["  without floor", "  without kid"] and "mean and covariance" in told.out
     status, told = call("a.npz", "b.npz", "--unequal", "--measures", "kid,precision")
-    assert status == 0 and told.out.startswith("KID ") and "200 images against 500 images" in told.out and "recall 0." in told.out and "coverage 0." in told.out
+    assert status == 0 and told.out.startswith("KD ") and told.out.count(" ± ") == 5 and "200 images against 500 images" in told.out and "recall 0." in told.out and "coverage 0." in told.out
     status, told = call("a.npz", "b.npz", "--n", "120", "--measures", "floor")
     assert told.out.startswith("  floor: 120 real images against 120 others") and told.out.count("\n") == 1
     _, told = call("b.npz", "a.npz", "--unequal")
@@ -287,7 +356,7 @@ def test_the_commands_mistakes_cost_one_line(tmp_path, capsys, monkeypatch):
                            (["a.npz", "b.npz", "--features", "pixels", "--n", "20", "--measures", "infinity"], "infinity cannot be had: 20 images are too few to extend: at least 170"),
                            (["a.npz", "a.npz", "--features", "pixels", "--measures", "fd,fd"], "different ones of"), (["a.npz", "a.npz", "--seed", "-1"], "--seed"), (["a.npz"], "required: real"), (["a.npz", "b.npz", "--features", "pixels"], "--unequal"),
                            (["a.npz", "c.npz", "--features", "pixels"], "expected (1, 4, 4)"), (["a.npz", "d.npz", "--features", "pixels"], "9 feature dimensions"),
-                           (["c.npz", "c.npz", "--features", "digits"], "fail on torch.float32 images"), (["a.npz", "e.npz", "--features", "pixels"], "no such file"),
+                           (["c.npz", "c.npz", "--features", "digits"], "take images of 1x8x8, got 3x4x4"), (["a.npz", "e.npz", "--features", "pixels"], "no such file"),
                            (["d.npz", "a.npz", "--features", "pixels"], "expected exactly one of")]:
         assert main(["fid", *(str(tmp_path / word) if word.endswith("npz") else word for word in words)]) == 2
         complaint = capsys.readouterr().err

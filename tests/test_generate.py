@@ -1,9 +1,7 @@
 "Many images: any order, subset, number of processes and restart gives the same bytes; nothing is lost, doubled or silently wrong."
 import errno
-import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +14,6 @@ import pytest
 import torch
 
 from sedm_kit import generate as module
-from sedm_kit.ddpm import sample_ddpm
 from sedm_kit.draws import FastDenoiser, ddpm_draw, deviation, fitting_batch, sampler_draw
 from sedm_kit.generate import chunk_name, chunks_of, finished, generate, kept_stats, pack, read_images, read_manifest, read_shard
 from sedm_kit.images import open_images

@@ -59,10 +59,10 @@ def scores(weights, tmp_path_factory):
 # ---- the same images through torch-fidelity
 
 def test_the_same_numbers_as_torch_fidelity(scores):
-    assert scores["FID"].value == pytest.approx(GOLDEN["frechet_inception_distance"], rel=1e-5)
-    assert scores["KID"].value == pytest.approx(GOLDEN["kernel_inception_distance_mean"], rel=1e-5)
+    assert scores["FD"].value == pytest.approx(GOLDEN["frechet_inception_distance"], rel=1e-5)
+    assert scores["KD"].value == pytest.approx(GOLDEN["kernel_inception_distance_mean"], rel=1e-5)
     assert scores["IS"].mean == pytest.approx(GOLDEN["inception_score_mean"], rel=1e-5)
-    assert scores["precision"] == pytest.approx(GOLDEN["precision"], abs=1e-6) and scores["recall"] == pytest.approx(GOLDEN["recall"], abs=1e-6)
+    assert scores["precision"].value == pytest.approx(GOLDEN["precision"], abs=1e-6) and scores["recall"].value == pytest.approx(GOLDEN["recall"], abs=1e-6)
     assert 0 < GOLDEN["precision"] != GOLDEN["recall"]  # a swap would show
 
 
@@ -72,8 +72,8 @@ def test_live_where_torch_fidelity_is_installed(weights, scores):
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"torch-fidelity cannot be imported: {error}")
     theirs = torch_fidelity_scores(*two_sets(), weights, fid=False, kid_subset_size=8, kid_subsets=1)
-    assert scores["KID"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
-    assert scores["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert scores["KD"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert scores["precision"].value == pytest.approx(theirs["precision"], abs=1e-6)
 
 
 # ---- network and weights
@@ -112,6 +112,13 @@ def test_weights_are_named_and_safetensors_hold_the_same(weights, tmp_path):
     save_file(named_weights(), tmp_path / "same.safetensors")
     again = load_inception(tmp_path / "same.safetensors")
     assert again.identity() == named.identity() and again.name != named.name
+
+
+def test_only_the_published_file_makes_it_fid(weights, monkeypatch):
+    assert not load_inception(weights).published and load_inception(weights).called("FD") == "FD"
+    monkeypatch.setattr(inception, "KNOWN", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])  # as if this were the published file
+    published = load_inception(weights)
+    assert published.name.startswith("Inception 2015-12-05 (pool, ") and [published.called(name) for name in ("FD", "sFD", "KD")] == ["FID", "sFID", "KID"]
 
 
 @pytest.mark.parametrize("name", ["pixels", "digits"])
@@ -173,9 +180,11 @@ def test_download_is_checked_kept_and_never_silent(tmp_path, monkeypatch):
 # ---- measures
 
 def test_scores_carry_their_provenance(scores):
-    assert {"FID", "sFID", "KID", "IS", "precision", "recall", "density", "coverage"} == set(scores)
-    for name in ("FID", "sFID", "KID"):
-        score = scores[name]
+    assert {"FD", "sFD", "KD", "IS", "precision", "recall", "density", "coverage"} == set(scores)  # random weights: none is a FID
+    assert "(2 blocks of 4 images; Inception V3, other weights" in repr(scores["IS"]) and scores["IS"].seeds == "0 to 7"
+    for name, score in scores.items():
+        if name == "IS":
+            continue
         assert (score.measure, score.n, score.n_reference, score.seeds) == (name, 8, 8, "0 to 7") and score.error > 0
         assert "other weights" in score.variant
 
@@ -195,8 +204,8 @@ def test_fid_takes_files_and_reference_statistics(weights, tmp_path):
     rows = torch.cat([features(side) for side in (a, b)])
     write_moments(tmp_path / "reference.npz", FeatureStats.of(rows), features.name)
     with pytest.warns(UserWarning, match="4 images for 2048"):
-        score = fid(tmp_path / "a.npz", tmp_path / "reference.npz", weights)
-    assert score.measure == "FID" and score.n_reference == 8 and score.value > 0
+        score = fid(tmp_path / "a.npz", tmp_path / "reference.npz", weights, unequal=True)
+    assert score.measure == "FD" and score.n_reference == 8 and score.value > 0
     assert read_moments(tmp_path / "reference.npz").variant == features.name
 
 

@@ -140,6 +140,9 @@ def test_symmetric_root_and_given_root():
     ((np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "3 with 2 feature dimensions"),
     ((np.zeros(2), np.eye(2), np.zeros(2), np.array([[1, np.nan], [np.nan, 1]])), "cov2 holds NaN"),
     ((np.zeros(2), np.array([[1, 0.5], [0, 1]]), np.zeros(2), np.eye(2)), "cov1 is not symmetric"),
+    ((np.zeros(2), np.eye(2), np.zeros(2), -np.eye(2)), "cov2 is no covariance: its eigenvalues reach from -1 to -1, and the lowest entry of its diagonal is -1; expected none below 0"),
+    ((np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), np.zeros(2), np.eye(2)), "cov1 is no covariance: its eigenvalues reach from -1 to 3"),
+    ((np.zeros(2), np.diag([1e9, -1e-9]), np.zeros(2), np.eye(2)), "lowest entry of its diagonal is -1e-09"),
 ])
 def test_frechet_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -174,6 +177,20 @@ def test_given_moments_are_checked_and_used():
         Moments([0.0, 0.0], [[1.0, 2.0], [0.0, 1.0]])
 
 
+@settings(max_examples=40, deadline=None)
+@given(d=st.integers(2, 12), lowest=st.floats(-3e-6, 1.0), seed=st.integers(0, 999))
+def test_a_matrix_is_a_covariance_up_to_a_millionth(d, lowest, seed):
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, d)))[0]
+    values = np.linspace(lowest, 1, d)
+    cov = q * values @ q.T
+    if lowest < -1.01e-6 or (np.diag(cov) < 0).any():
+        with pytest.raises(ValueError, match="no covariance"):
+            Moments(np.zeros(d), (cov + cov.T) / 2)
+    elif lowest > -0.99e-6:
+        assert Moments(np.zeros(d), (cov + cov.T) / 2).dim == d
+    assert Moments(np.zeros(d), np.zeros((d, d))).dim == d  # constant images
+
+
 def test_faster_than_sqrtm_and_the_same_at_256_dimensions():
     rng = np.random.default_rng(0)
     for rank in (512, 100):
@@ -204,7 +221,9 @@ def test_estimate_numbers_and_print():
     assert found.ci == pytest.approx(2.776445 * found.error, rel=1e-6)
     assert repr(found) == "0.4120 ± 0.0058 (5 blocks)"
     assert repr(Estimate([1, 1])) == "1.0000 ± 0.0000 (2 blocks)" and repr(Estimate([100, 150, 200])) == "150 ± 29 (3 blocks)"
-    assert json.loads(json.dumps(found.as_dict()))["block_size"] == 100
+    assert json.loads(json.dumps(found.as_dict()))["block_size"] == 100 and "measure" not in found.as_dict()
+    named = Estimate(found.values, 100, "IS", "Inception", "0-499")
+    assert repr(named) == "IS 0.4120 ± 0.0058 (5 blocks of 100 images; Inception; seeds 0-499)" and named.as_dict()["variant"] == "Inception"
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")]])
@@ -240,7 +259,7 @@ def heard(call, *arguments, **options):
 
 def test_few_images_are_said_once_with_the_remedy():
     reference, few, enough = FeatureStats.of(normal(90, 8)), [normal(8, 8, seed) for seed in range(3)], [normal(9, 8, seed) for seed in range(3)]
-    expected = ["8 images for 8 feature dimensions: the covariance is singular and most of the distance is bias; take more than 8 images, fewer dimensions, or the unbiased KID, which needs no covariance"]
+    expected = ["8 images for 8 feature dimensions: the covariance is singular and most of the distance is bias; take more than 8 images, fewer dimensions, or the unbiased kernel distance (KD, KID), which needs no covariance"]
     assert heard(fd_blocks, few, reference) == heard(fd_with_error, few, reference) == expected
     assert heard(real_floor, normal(60, 8), 8) == heard(real_floor, normal(60, 8), 8, reference=reference) == heard(real_floor, normal(60, 8), 8, reference="others") == expected
     assert heard(fd_infinity, torch.stack(few), reference, parts=(1, 2))[0].startswith("4 images for 8") and len(heard(fd_infinity, torch.stack(few), reference, parts=(1, 2))) == 1
@@ -507,7 +526,7 @@ def test_sizes_are_checked():
     with pytest.raises(ValueError, match=r"20 images against 30.*take 20 of both \(n=20\), or allow it \(unequal=True, --unequal\)"):
         fd_score(normal(20, 3), normal(30, 3))
     assert fd_score(normal(20, 3), normal(30, 3), unequal=True).n_reference == 30
-    with pytest.warns(UserWarning, match="5 images for 8 feature dimensions.*more than 8 images, fewer dimensions, or the unbiased KID"):
+    with pytest.warns(UserWarning, match="5 images for 8 feature dimensions.*more than 8 images, fewer dimensions, or the unbiased kernel distance"):
         few = fd_score(normal(5, 8), normal(5, 8, 1))
     assert np.isfinite(few.error) and few.value == pytest.approx(fd_of_rows(normal(5, 8), normal(5, 8, 1)))
     with warnings.catch_warnings():
@@ -542,7 +561,7 @@ def test_kernel_distance_and_its_jackknife_are_those_of_the_definition(n, m, d, 
         return (len(values) - 1) * np.var(values)
     keep = lambda rows, k: torch.cat([rows[:k], rows[k + 1:]])
     found = kid(x, y, seeds="0")
-    assert found.value == pytest.approx(direct(x, y), rel=1e-9, abs=1e-9) and found.measure == "KID" and found.n_reference == m
+    assert found.value == pytest.approx(direct(x, y), rel=1e-9, abs=1e-9) and found.measure == "KD" and found.n_reference == m
     variance = jackknife([direct(keep(x, k), y) for k in range(n)]) + jackknife([direct(x, keep(y, k)) for k in range(m)])
     assert found.error == pytest.approx(variance**0.5, rel=1e-6, abs=1e-9)
 
@@ -565,11 +584,27 @@ def test_a_collapsed_and_a_noisy_sampler_tell_precision_from_recall():
     real, fresh = normal(300, 4, 0), normal(300, 4, 1)
     collapsed, noisy = fresh[:1].repeat(300, 1) * 0 + 0.01 * normal(300, 4, 2), fresh * 4
     one, two, floor = (neighbours(rows, real) for rows in (collapsed, noisy, fresh))
-    assert one.precision > 0.99 and one.recall < 0.1 and one.coverage < 0.5
-    assert two.recall > 0.95 and two.precision < 0.5
-    assert floor.precision > 0.85 and floor.recall > 0.85 and floor.coverage > 0.85 and abs(floor.density - 1) < 0.25
+    assert one.precision.value > 0.99 and one.recall.value < 0.1 and one.coverage.value < 0.5
+    assert two.recall.value > 0.95 and two.precision.value < 0.5
+    assert floor.precision.value > 0.85 and floor.recall.value > 0.85 and floor.coverage.value > 0.85 and abs(floor.density.value - 1) < 0.25
     swapped = neighbours(real, collapsed)
-    assert (swapped.precision, swapped.recall) == (one.recall, one.precision)
+    assert (swapped.precision.value, swapped.recall.value) == (one.recall.value, one.precision.value)
+
+
+@pytest.mark.parametrize("d, scale", [(3, 1.0), (16, 1.2)])
+def test_errors_of_shares_are_their_scatter_or_a_little_more(d, scale):
+    found = [neighbours(normal(150, d, 2 * seed, scale=scale), normal(150, d, 2 * seed + 1)) for seed in range(60)]
+    for shares in zip(*found):
+        ratio = np.mean([share.error**2 for share in shares]) ** 0.5 / np.std([share.value for share in shares], ddof=1)
+        assert 0.75 < ratio < 1.75, (shares[0].measure, ratio)  # 60 repeats know a scatter to 9 per cent
+
+
+def test_shares_carry_their_numbers_and_repeat():
+    shares = neighbours(normal(40, 2), normal(40, 2, 1), variant="pixels", seeds="0-39")
+    assert shares == neighbours(normal(40, 2), normal(40, 2, 1), variant="pixels", seeds="0-39") and shares._fields == tuple(share.measure for share in shares)
+    assert {(share.n, share.n_reference, share.variant, share.seeds) for share in shares} == {(40, 40, "pixels; k = 3", "0-39")}
+    assert neighbours(normal(40, 2), normal(40, 2, 1), seed=5).precision.error != shares.precision.error
+    assert neighbours(normal(40, 2) + 99, normal(40, 2, 1)).precision.error == 1 / 40  # none inside: known to one image
 
 
 def test_neighbours_against_all_distances_written_out(monkeypatch):
@@ -578,24 +613,25 @@ def test_neighbours_against_all_distances_written_out(monkeypatch):
     across = np.linalg.norm(x.numpy()[:, None] - y.numpy()[None], axis=2)
     inside, recalled = across <= within(y.numpy()), across <= within(x.numpy())[:, None]
     expected = (inside.any(1).mean(), recalled.any(0).mean(), inside.sum() / (40 * k), inside.any(0).mean())
-    np.testing.assert_allclose(neighbours(x, y, k), expected, rtol=1e-12)
+    whole = neighbours(x, y, k)
+    np.testing.assert_allclose([share.value for share in whole], expected, rtol=1e-12)
     import sedm_kit.two_samples as module
     cut = module._distances
     monkeypatch.setattr(module, "_distances", lambda rows, others: cut(rows, others, chunk=200))
-    np.testing.assert_allclose(neighbours(x, y, k), expected, rtol=1e-12)  # chunks change nothing
+    assert neighbours(x, y, k) == whole  # chunks change nothing, errors included
 
 
 def test_identical_copies_lie_in_each_others_balls():
     copies = torch.ones(20, 50, dtype=torch.float64) * 0.1
-    assert neighbours(copies, copies) == (1.0, 1.0, 20 / 3, 1.0)
+    assert [share.value for share in neighbours(copies, copies)] == [1.0, 1.0, 20 / 3, 1.0]
 
 
 def test_neighbours_errors():
     with pytest.raises(ValueError, match=r"20 generated against 30 real images.*take 20 of both, or allow it \(unequal=True, --unequal\)"):
         neighbours(normal(20, 2), normal(30, 2))
-    assert neighbours(normal(20, 2), normal(30, 2), unequal=True).precision > 0.5
-    for arguments in ((normal(20, 2), normal(20, 3)), (normal(3, 2), normal(3, 2), 3)):
-        with pytest.raises(ValueError, match="equal dimensions and 1 <= k < their sizes"):
+    assert neighbours(normal(20, 2), normal(30, 2), unequal=True).precision.value > 0.5
+    for arguments in ((normal(20, 2), normal(20, 3)), (normal(6, 2), normal(6, 2), 3)):
+        with pytest.raises(ValueError, match="equal dimensions and 1 <= k < half their sizes"):
             neighbours(*arguments)
     with pytest.raises(ValueError, match="at least 3 rows and equal dimensions"):
         kid(normal(2, 2), normal(9, 2))

@@ -242,8 +242,8 @@ def test_help_lists_choices_and_says_every_default_once(name, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "default: )" not in text and "()" not in text and "False" not in text and "SUPPRESS" not in text and "--pdb" not in text
     for option, action in command.parser_of(command.COMMANDS[name])._option_string_actions.items():
-        if action.dest in command.CHOICES:
-            assert f"(choices: {', '.join(command.CHOICES[action.dest])}" in text, option
+        if choices := command.choices_of(command.COMMANDS[name], action.dest):
+            assert f"(choices: {', '.join(choices)}" in text, option
             assert action.default is None or all(part in command.CHOICES[action.dest] for part in action.default.split(",")), option
         assert action.default in (None, False, "==SUPPRESS==") or f"default: {action.default}" in action.help, option
 

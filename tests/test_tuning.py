@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
+from sedm_kit.analytic import GaussianMixture
 from sedm_kit.command import main
+from sedm_kit.diagnostics import gaussian_variance, neutral_lambda
+from sedm_kit.discriminator import correction
 from sedm_kit.metrics import fd
-from sedm_kit.noise import edm_sigmas
-from sedm_kit.response import check_box, check_budget, curvature, doehlert, jackknifed, lowest_point, polynomial, quantile_95, search, stages
+from sedm_kit.noise import edm_sigmas, vp_scale, vp_sigma
+from sedm_kit.response import REACH, check_box, check_budget, curvature, doehlert, jackknifed, lowest_point, polynomial, quantile_95, search, stages
+from sedm_kit.ridge import linear_guidance
+from sedm_kit.sampler import SeedStreams, sample_seeds
 from sedm_kit.tuning import NEUTRAL, distances, grid, guidance_cautions, ridge, sampler_settings, targets, world_stats
 from sedm_kit.tuning_report import read_parameters, tune_plan, tuned_page, tuned_sentences
 from sedm_kit.tuning_plots import heat_map
 from sedm_kit.tuning_search import Log, tune
 from sedm_kit.plan import Plan
-from sedm_kit.worlds import load_world
+from sedm_kit.worlds import World, load_world
 
 SEEDS = range(3_390_000, 3_390_160)
 BOX = {"lambda": (0.98, 1.05), "w": (0.0, 3.0)}
@@ -123,6 +128,78 @@ def test_moves_are_made_as_far_as_the_budget_goes():
     assert check_budget(None, [100, 200], 1) == np.inf and check_budget(1600, [100, 200], 1, aside=600) == 1000
     with pytest.raises(ValueError, match="at least the 900 images"):
         search_far(899)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.97, 1.05), st.floats(-2500, 2500))
+def test_in_one_variable_the_third_power_is_part_of_the_answer(place, third):
+    skewed = lambda points, n: [np.full(10, 0.2 + 500 * (p["x"] - place) ** 2 + third * (p["x"] - place) ** 3) for p in points]
+    fits, _ = search(skewed, {"x": (0.92, 1.08)}, [300, 600], loss_tolerance=0)
+    last = fits[-1]
+    quadratic = last.center + last.half * lowest_point(last.coefficients, np.array([[-REACH, REACH]]))
+    assert_close(last.best, np.array([place]), atol=2e-5, rtol=0)
+    assert_close(last.model[0, 0] ** 0.5, abs(last.best - quadratic)[0] / 2, atol=1e-5, rtol=0)  # what the third power moved is in the error
+
+
+# ---- exact worlds: the whole tune against a truth in closed form
+
+class GaussianLogRatio(torch.nn.Module):
+    "The best possible discriminator of two zero-mean Gaussians with common axes."
+    def __init__(self, axes, data, fakes):
+        super().__init__()
+        self.axes, self.data, self.fakes = axes, data, fakes
+
+    def forward(self, u, tau, class_labels=None):
+        sigma = vp_sigma(tau.double())[:, None]
+        z2 = ((u.double().flatten(1) / vp_scale(sigma)) @ self.axes).square()
+        v, f = self.data + sigma**2, self.fakes + sigma**2
+        return (z2 / f - z2 / v + (f / v).log()).sum(1) / 2
+
+
+def exact_world(world, steps):
+    "Gaussian data with the covariance of a world's centred images, exact networks; its spectrum and that of Euler's samples."
+    images = world.train.double() - world.train.double().mean(0)
+    cov = torch.cov(images.flatten(1).T)
+    variances, axes = torch.linalg.eigh(cov)
+    variances = variances.clamp(min=0)
+    fakes = gaussian_variance(variances, edm_sigmas(steps), solver="euler")
+    denoiser = GaussianMixture(torch.zeros(1, *world.shape), torch.ones(1), cov=cov[None]).denoiser()
+    return World("Gaussian", images.float(), images[:8].float(), denoiser, {"euler": GaussianLogRatio(axes, variances, fakes)}, lambda x: x.flatten(1)[:, :4], {}), variances, fakes
+
+
+def test_guided_sampling_of_an_exact_world_is_linear(world):
+    exact, variances, fakes = exact_world(world, 18)
+    log_ratio, seeds = exact.log_ratio["euler"], range(3_795_000, 3_795_064)
+    start = SeedStreams(seeds, "cpu").latents(exact.shape).double().flatten(1) @ log_ratio.axes
+    for sigma in (0.01, 1.0, 80.0):
+        level = torch.tensor(sigma, dtype=torch.float64)
+        x = start * (variances + sigma**2).sqrt()
+        g, _ = correction(log_ratio, (x @ log_ratio.axes.T).reshape(-1, *exact.shape), level.expand(len(x)))
+        assert_close(g.flatten(1) @ log_ratio.axes, linear_guidance(variances, fakes)(x.reshape(-1, 1, 1, 64), level)[0].flatten(1), atol=1e-6, rtol=0)
+    images = sample_seeds(exact.denoiser, seeds, edm_sigmas(18), shape=exact.shape, solver="euler", **sampler_settings({"lambda": 1.002, "w": 0.95, "window_low": 0.0}, log_ratio))
+    made = gaussian_variance(variances, edm_sigmas(18), solver="euler", scaling=1.002, guidance=linear_guidance(variances, fakes, 0.95)).sqrt()
+    assert_close(images.flatten(1) @ log_ratio.axes, start * made, atol=1e-5, rtol=0)
+
+
+def test_tune_covers_the_truth_of_an_exact_world(world):
+    exact, variances, _ = exact_world(world, 10)
+    truth, runs, off, error = neutral_lambda(variances, edm_sigmas(10), solver="euler"), 15, [], []
+    for k in range(runs):
+        found = tune(exact, range(3_780_000 + 1200 * k, 3_780_000 + 1200 * (k + 1)), edm_sigmas(10), box={"lambda": (0.92, 1.08)}, fixed={"w": 0.0}, loss_tolerance=0, progress=False)
+        off.append(found.fits[-1].best[0] - truth)
+        error.append(found.ci["lambda"])
+    off, error = np.array(off), np.array(error)
+    assert (abs(off) <= error).mean() >= stats.binom.ppf(0.001, runs, 0.95) / runs
+    assert abs(off.mean()) < 0.001 and error.mean() < 0.006  # a quadratic alone is 0.004 too low
+
+
+def test_tune_of_lambda_and_weight_comes_close_to_what_is_best_in_an_exact_world(world):
+    exact, variances, fakes = exact_world(world, 18)
+    made = lambda lam, w: gaussian_variance(variances, edm_sigmas(18), solver="euler", scaling=lam, guidance=linear_guidance(variances, fakes, w))
+    distance = lambda lam, w: (made(lam, w).sqrt() - variances.sqrt()).square().sum()
+    for first in (3_798_000, 3_799_000):
+        found = tune(exact, range(first, first + 1000), edm_sigmas(18), box={"lambda": (0.985, 1.045), "w": (0.0, 3.0)}, fixed={"window_low": 0.0}, loss_tolerance=0, progress=False)
+        assert distance(found.best["lambda"], found.best["w"]) < 0.05 * distance(1.0, 0.0)
 
 
 # ---- points and grids
@@ -265,3 +342,8 @@ def test_command_writes_a_report_and_resumes(tmp_path, capsys):
     assert main(words) == 0 and "(0 images in this run" in capsys.readouterr().out
     assert main([*words, "--by", "feature"]) == 2 and "other settings" in capsys.readouterr().err
     assert main(["tune", "--search", "w=2:1"]) == 2 and "interior" in capsys.readouterr().err
+    assert main(["tune", "--max-images", "0"]) == 2 and "--max-images: expected a whole number, 1 or above" in capsys.readouterr().err
+    for most, status, said in (("519", 2, "at least the 520 images"), ("520", 0, "")):  # three points on 40 and on 80 seeds, and twice 80 to compare
+        limited = [*words[:-2], "--max-images", most, "--out", str(tmp_path / most)]
+        assert main(limited) == status and said in capsys.readouterr().err
+    assert json.loads((tmp_path / "520" / "results.json").read_text())["cost"]["images"] == 520

@@ -72,7 +72,9 @@ def test_surfaces_and_choices():
     i, j = np.unravel_index(surface["pixel"].argmin(), surface["pixel"].shape)
     best = best_found(Knobs(steps=18, seed=9), surface)
     assert best.w == surface["weights"][j] and abs(best.scaling - surface["lambdas"][i]) < 0.011 and best.seed == 9
-    assert stored_surface(DIGITS, Knobs(churn=Churn(1.0))) is None and stored_surface(DIGITS, Knobs(guide="heun")) is None
+    for other in (dict(churn=Churn(1.0)), dict(guide="heun"), dict(window=(0.05, 1.0)), dict(w_later=0.5), dict(steps=17)):
+        assert stored_surface(DIGITS, replace(Knobs(w=1.0), **other)) is None
+    assert stored_surface(DIGITS, Knobs(scaling=1.03, w=2.0, seed=5)) is not None
     assert 1.02 < automatic_lambda(Knobs(), DIGITS).scaling < 1.035 < automatic_lambda(Knobs(steps=10), DIGITS).scaling
 
 
@@ -99,14 +101,19 @@ def test_large_images_are_compared_in_features():
 
 
 def test_window_in_words():
-    assert "of 18 steps guided" in window_text(Knobs(), DIGITS) and window_text(Knobs(window=(0.98, 0.99)), DIGITS).endswith("0 of 18 steps guided")
+    assert window_text(Knobs(), DIGITS) == "σ from 0.0447 to 3: 6 of 18 steps would be guided"  # where the discriminator was trained, too
+    assert window_text(Knobs(w=1.0, window=(0.98, 0.99)), DIGITS).endswith("0 of 18 steps guided")
 
 
 # ---- a number
 
 def test_number_slides_types_and_refuses_nothing():
     number = Number("x", 2, 0, 10)
-    assert isinstance(number.slider, ipywidgets.IntSlider) and isinstance(number.text, ipywidgets.IntText)
+    assert isinstance(number.slider, ipywidgets.IntSlider) and isinstance(number.value, int)
+    number.text.value = 2.7
+    assert number.value == 2.7  # kept, to be refused by whoever needs an integer
+    number.text.value = 3.0
+    assert number.value == 3 and isinstance(number.value, int)
     number.slider.value = 4
     assert (number.value, number.text.value) == (4, 4)
     number.text.value = 40
@@ -142,7 +149,7 @@ def after(tuner, change):
     before = {name: getattr(tuner, name).value for name in ("images", "curves", "map")}
     change()
     tuner.wait(60)
-    return tuner.shown.knobs, {name for name in before if getattr(tuner, name).value != before[name]}
+    return tuner.shown[0].knobs, {name for name in before if getattr(tuner, name).value != before[name]}
 
 
 CHANGES = {
@@ -173,25 +180,50 @@ def test_every_solver(tuner, solver):
 def test_guidance_of_another_solver(tuner):
     tuner.controls.w.value = 1.0
     tuner.controls.solver.value = "midpoint"
-    assert tuner.wait(60).shown.knobs.w == 0 and "no discriminator for midpoint" in tuner.controls.window_note.value  # a weight that is off counts as 0
+    assert tuner.wait(60).shown[0].knobs.w == 0 and "no discriminator for midpoint" in tuner.controls.window_note.value  # a weight that is off counts as 0
     tuner.controls.guide.value = "euler"
-    assert tuner.wait(60).shown.knobs == Knobs("midpoint", w=1.0, guide="euler") and "steps guided" in tuner.controls.window_note.value
+    assert tuner.wait(60).shown[0].knobs == Knobs("midpoint", w=1.0, guide="euler") and "steps guided" in tuner.controls.window_note.value
     tuner.controls.w_later.value = 0.5
-    assert tuner.wait(60).shown.knobs.w_later == 0.5
+    assert tuner.wait(60).shown[0].knobs.w_later == 0.5
+    assert "no map was measured" in tuner._surface(tuner.request)[1] and "w later" in tuner._surface(tuner.request)[1]
     tuner.controls.window.value = (0.2, 0.5)
-    assert tuner.wait(60).shown.knobs.window == (0.2, 0.5)
+    assert tuner.wait(60).shown[0].knobs.window == (0.2, 0.5)
     tuner.controls.guide.value = OWN
 
 
 def test_handles_per_step(tuner):
     tuner.controls.lam.value = 1.01
     tuner.controls.shape.value = "per step"
-    assert tuner.wait(60).shown.knobs.scaling == (1.01,) * 18 and len(tuner.controls.handles.children) == 18
+    assert tuner.wait(60).shown[0].knobs.scaling == (1.01,) * 18 and len(tuner.controls.handles.children) == 18
     tuner.controls.handles.children[17].value = 1.05
-    assert tuner.wait(60).shown.knobs.scaling == (1.01,) * 17 + (1.05,)
-    tuner.controls.steps.value = 6
-    assert len(tuner.wait(60).shown.knobs.scaling) == 6
+    assert tuner.wait(60).shown[0].knobs.scaling == (1.01,) * 17 + (1.05,)
+    tuner.controls.steps.value = 35
+    table = tuner.wait(60).shown[0].knobs.scaling
+    assert len(table) == 35 and table[0] == 1.01 and table[-1] == 1.05 and max(table[:32]) < 1.02  # the same curve
+    tuner.press_reset()
+    tuner.controls.lam.value = 1.2
+    tuner.controls.shape.value = "per step"
+    assert tuner.wait(60).shown[0].knobs.scaling == (1.2,) * 18  # from the lambda that was there, not from old handles
 
+
+def test_handles_do_not_pile_up(tuner):
+    tuner.controls.shape.value = "per step"
+    tuner.wait(60)
+    before = len(ipywidgets.widgets.widget._instances)
+    for n in (17, 18) * 8:
+        tuner.controls.steps.value = n
+    tuner.wait(60)
+    assert len(ipywidgets.widgets.widget._instances) <= before + 10
+
+
+def test_inert_knobs_make_no_other_run(tuner):
+    tuner.controls.window.value, tuner.controls.guide.value = (0.3, 0.5), "heun"
+    assert tuner.wait(60).shown[0].knobs == Knobs() and "would be guided" in tuner.controls.window_note.value
+    tuner.controls.w_later.value = 2.0
+    assert tuner.wait(60).shown[0].knobs == Knobs() and tuner.controls.w_later.text.disabled  # Euler asks once per step
+    tuner.controls.guide.value = "euler"
+    tuner.controls.w.value = 1.0
+    assert tuner.wait(60).shown[0].knobs.guide is None  # naming the solver's own is the same as leaving it
 
 def test_views(tuner):
     tuner.controls.lam.value = 1.05
@@ -227,11 +259,11 @@ def test_bad_input_is_told_and_the_last_good_picture_stays(tuner, change, words)
 
 def test_buttons(tuner):
     tuner.buttons["automatic λ"].click()
-    assert tuner.wait(60).shown.knobs.scaling == automatic_lambda(Knobs(), DIGITS).scaling and "Automatic λ" in tuner.status.value
+    assert tuner.wait(60).shown[0].knobs.scaling == automatic_lambda(Knobs(), DIGITS).scaling and "Automatic λ" in tuner.status.value
     tuner.controls.lam.value = 1.001
     assert "Automatic" not in tuner.wait(60).status.value
     tuner.buttons["best found"].click()
-    assert tuner.wait(60).shown.knobs == best_found(Knobs(), stored_surface(DIGITS, Knobs()))
+    assert tuner.wait(60).shown[0].knobs == best_found(Knobs(), stored_surface(DIGITS, Knobs()))
     tuner.buttons["copy as code"].click()
     assert "scaling=1.0128" in tuner.code.value and tuner.code.layout.display is None
     tuner.buttons["copy as code"].click()
@@ -239,8 +271,37 @@ def test_buttons(tuner):
     for k in (1, 2):
         tuner.buttons["save figure"].click()
         assert (tuner.folder / f"sedm_tuner_{k:03}.png").read_bytes() == tuner.snapshot() and "saved" in tuner.status.value
+    tuner.controls.w.value = 2.0
+    tuner.buttons["automatic λ"].click()
+    assert tuner.wait(60).shown[0].knobs.w == 2.0  # lambda only
+    tuner.buttons["copy as code"].click()
+    tuner.controls.lam.value = 1.04
+    assert "scaling=1.04," in tuner.wait(60).code.value  # it follows
+    tuner.buttons["measure surface"].click()
+    assert "comes with a map for this setting" in tuner.status.value
+    tuner.controls.world.value = "patches"
+    tuner.buttons["best found"].click()
+    assert "at the edge of the map" in tuner.wait(60).status.value
     tuner.buttons["reset"].click()
-    assert tuner.wait(60).shown.knobs == Knobs()
+    assert tuner.wait(60).shown[0].knobs == Knobs() and tuner.read().world == "digits"
+    tuner.buttons["copy as code"].click()
+
+
+def test_a_worker_never_touches_the_controls(tuner, monkeypatch):
+    "The end of a measurement, while the kernel moves controls: nothing may be left switched off."
+    tuner.controls.steps.value = 3
+    tuner.wait(60)
+    threads, quietly = set(), tuner.set_quietly
+    monkeypatch.setattr(tuner, "set_quietly", lambda change: (threads.add(threading.current_thread()), quietly(change)))
+    tuner.buttons["measure surface"].click()
+    for k in range(40):
+        tuner.controls.lam.value = 1.0 + 0.001 * k
+        tuner.measuring.wait(0.02)
+    tuner.measuring.wait(60)
+    tuner.wait(60)
+    assert threads == {threading.main_thread()} and not tuner.paused
+    tuner.controls.lam.value = 1.015
+    assert tuner.wait(60).shown[0].knobs.scaling == 1.015
 
 
 def test_measure_button(tuner):
@@ -251,9 +312,9 @@ def test_measure_button(tuner):
     before = tuner.map.value
     tuner.buttons["measure surface"].click()
     tuner.measuring.wait(120)
-    assert "Surface measured" in tuner.wait(60).status.value and tuner.map.value != before and tuner.bar.layout.visibility == "hidden"
+    assert "Map of digits, euler, 4 steps measured" in tuner.wait(60).status.value and tuner.map.value != before and tuner.measured.layout.visibility == "hidden"
     tuner.buttons["best found"].click()
-    assert "Best found" in tuner.wait(60).status.value and tuner.shown.knobs != Knobs(steps=4)
+    assert "Best found" in tuner.wait(60).status.value and tuner.shown[0].knobs != Knobs(steps=4)
     tuner.controls.steps.value = 30
     tuner.buttons["measure surface"].click()
     tuner.buttons["measure surface"].click()  # stops
@@ -269,7 +330,7 @@ def test_a_hundred_quick_moves(tuner):
         tuner.wait(60)
     finally:
         del tuner.show
-    assert shown[-1] == 1.05 == tuner.shown.knobs.scaling and tuner.shown.n == 128
+    assert shown[-1] == 1.05 == tuner.shown[0].knobs.scaling and tuner.shown[0].n == 128
     assert len(shown) < 100 and shown.count(1.05) == 2  # preview and full result of the last value; most others were never begun
 
 
@@ -304,12 +365,12 @@ def test_a_denoiser_that_fails_or_returns_nan():
     assert "RuntimeError: out of memory" in tuner.wait(60).status.value
     mood["fail"] = False
     tuner.controls.lam.value = 1.03
-    assert tuner.wait(60).shown.knobs.scaling == 1.03 and 'role="status"' in tuner.status.value
+    assert tuner.wait(60).shown[0].knobs.scaling == 1.03 and 'role="status"' in tuner.status.value
 
 
 def test_the_table_says_what_is_resolved(tuner):
     tuner.controls.lam.value = 1.03
-    text = distance_table(tuner.wait(60).shown)
+    text = distance_table(tuner.wait(60).shown[0])
     assert "better" in text and "128 images from seed 0" in text
     assert "as soon as nothing moves" in distance_table(tuner.all["digits"].run(Knobs(scaling=1.03)))
 
