@@ -67,7 +67,7 @@ class Latest:
     def __init__(self,
         stages: Sequence[Callable],     # stage(request, check): does its work and delivers it; check() raises Stale when that is pointless
         failed: Callable,               # (request, error): called for every other exception
-        settle: float = 0.12,           # seconds without a newer request before the second stage starts
+        settle: float = 0.05,           # seconds without a newer request before the second stage starts
     ):
         self.stages, self.failed, self.settle = tuple(stages), failed, settle
         self.request, self.asked, self.done, self.busy = None, 0, 0, False

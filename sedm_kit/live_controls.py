@@ -144,7 +144,7 @@ class Live(widgets.VBox):
         controls: Sequence,           # widgets with a value; every change is a new request
         stages: Sequence[Callable],   # stage(request, check), as for Latest
         layout: Sequence,             # rows of widgets that show it all
-        settle: float = 0.08,         # seconds of quiet before the second stage
+        settle: float = 0.05,         # seconds of quiet before the second stage
     ):
         self.status = widgets.HTML(layout={"min_height": "48px"}).add_class("sedm-status")
         self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "360px", "height": "10px", "visibility": "hidden"}).add_class("sedm-progress")

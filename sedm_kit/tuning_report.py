@@ -42,7 +42,7 @@ def tuned_sentences(
     return said
 
 # %% ../nbs/16_tuning_report.ipynb #238ddef3
-NARROW = """@media (max-width:40rem){.stack,.stack tbody,.stack tr{display:block}.stack thead,.stack td:empty{display:none}.stack tr{padding:.5rem 0;border-bottom:1px solid var(--line)}
+NARROW = """@media (max-width:40rem){figure img{width:auto;max-width:100%}.stack,.stack tbody,.stack tr{display:block}.stack thead,.stack td:empty{display:none}.stack tr{padding:.5rem 0;border-bottom:1px solid var(--line)}
 .stack td,.stack td:nth-child(2){display:flex;justify-content:space-between;gap:1rem;border:0;padding:.1rem 0;text-align:right;white-space:normal}.stack td::before{content:attr(data-name);color:var(--soft);text-align:left}
 .stack td:first-child{font-weight:600}.stack td:first-child::before{content:none}}"""
 
@@ -67,7 +67,7 @@ def tuned_figures(
     fit, drawn = found.fits[-1], {}
     for second in fit.names[1:]:
         drawn[f"surface-{second}"] = (search_map(found, fit.names[0], second).figure, "Heat map of the fitted surface in the last region, the points that were measured, lighter ones earlier and with fewer images, "
-                                      "and the 95 % confidence region of the optimum. Other parameters are at their best values.")
+                                      "and the 95 % confidence region of the optimum, dashed where it leaves the region in which the surface is believed. White, the best value of the first parameter for every value of the second. Other parameters are at their best values.")
     drawn["steps"] = search_steps(found), "The optimum, region by region, with 95 % intervals."
     return drawn
 

@@ -299,12 +299,13 @@ class Tuner(Live):
         request: Request,   # what was asked
     ):
         "Put a result into pictures and words."
+        self.images.value = self._images(shown, request.view)  # first: it is what the eye follows
         plain, knobs = shown.plain or shown, request.knobs
         curve = lambda one, which: (getattr(one, which)["sigma"], getattr(one, which)["ratio"], getattr(one, which)["error"])
         surface, missing = self._surface(request)
         mean = float(np.mean(lambda_table(knobs.scaling, range(knobs.steps + 1))))
-        drawn = self._images(shown, request.view), self.plot.draw([{"plain": curve(plain, which), "now": curve(shown, which)} for which in ("norm", "variance")]), self.surface_map.draw(surface, mean, knobs.w, missing)
-        self.images.value, self.curves.value, self.map.value = drawn
+        self.curves.value = self.plot.draw([{"plain": curve(plain, which), "now": curve(shown, which)} for which in ("norm", "variance")])
+        self.map.value = self.surface_map.draw(surface, mean, knobs.w, missing)
         self.table.value, self.shown = distance_table(shown), (shown, request)
         if self.code.layout.display != "none":
             self.code.value = code_of(knobs, self.all[request.world].world)
