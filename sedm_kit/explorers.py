@@ -121,22 +121,22 @@ class EpsilonExplorer(Live):
         for name, run in (runs | tried).items():
             check()
             found[name] = drift(self.mixture, run, count)
-        check()
-        panels = [{name: (one["sigma"], one[key], one[f"{key}_error"]) for name, one in found.items()} for key in ("norm", "variance")]
-        self.curves.value = self.plot.draw(panels)
-        if self.shown is None or three_runs(self.shown[0].error, self.shown[0].grid, self.shown[0].solver) != runs:
-            self._found({})
-        self.shown = request, found
-        self._tell(count)
+        with self.latest.showing(check):
+            panels = [{name: (one["sigma"], one[key], one[f"{key}_error"]) for name, one in found.items()} for key in ("norm", "variance")]
+            self.curves.value = self.plot.draw(panels)
+            if self.shown is None or three_runs(self.shown[0].error, self.shown[0].grid, self.shown[0].solver) != runs:
+                self._found({})
+            self.shown = request, found
+            self._tell(count)
 
     def _search(self, request, check):
         "Find the best constant of each run."
         found = {}
         for name, run in three_runs(request.error, request.grid, request.solver).items():
             found[name] = repair(self.mixture, run, self.counts[-1], check=check)
-        check()
-        self._found(found)
-        self._tell(self.counts[-1])
+        with self.latest.showing(check):
+            self._found(found)
+            self._tell(self.counts[-1])
 
     def _found(self,
         repairs: dict,   # name of a run -> Repair
@@ -239,13 +239,13 @@ class WeightExplorer(Live):
         "Draw and tabulate."
         weighting, names, sigma = request
         found = weight_panels(weighting, names)
-        check()
-        self.curves.value = self.plot.draw([{name: (found["sigma"], found[key][name], None) for name in names} for key in ("weight", "share")])
-        self.amplified.value = self.gain.draw([{"amplification": (found["sigma"], found["amplification"], None), "at σ": ([sigma, sigma], [found["amplification"].min(), sigma], None)}])
-        self.shown = request
-        self.table.value = text_table([f"at σ = {sigma:g}", *PREDICTIONS], self._rows())
-        clamped = "" if weighting.snr_min is None else f", SNR clamped at {weighting.snr_min:g}"
-        self.say(f"{weighting.prediction} form on {weighting.schedule}{clamped}; at σ = {sigma:g} the SNR is {sigma**-2:.4g}, an error of ε appears × {sigma:.4g} in the image")
+        with self.latest.showing(check):
+            self.curves.value = self.plot.draw([{name: (found["sigma"], found[key][name], None) for name in names} for key in ("weight", "share")])
+            self.amplified.value = self.gain.draw([{"amplification": (found["sigma"], found["amplification"], None), "at σ": ([sigma, sigma], [found["amplification"].min(), sigma], None)}])
+            self.shown = request
+            self.table.value = text_table([f"at σ = {sigma:g}", *PREDICTIONS], self._rows())
+            clamped = "" if weighting.snr_min is None else f", SNR clamped at {weighting.snr_min:g}"
+            self.say(f"{weighting.prediction} form on {weighting.schedule}{clamped}; at σ = {sigma:g} the SNR is {sigma**-2:.4g}, an error of ε appears × {sigma:.4g} in the image")
 
     def _rows(self):
         "Weights at one noise level as rows of text."
@@ -317,18 +317,18 @@ class ScheduleExplorer(Live):
         for solver in SOLVERS:
             check()
             found[solver] = solver_errors(self.mixture, request.grid, solver, self.count, **around)
-        check()
-        self.levels.value = self.density.draw([self._densities(request.grid)])
-        self.errors.value = self.plot.draw([{solver: (one["evaluations"], one["error"], None) for solver, one in found.items()}])
-        self.repair = self.repair if self.shown is not None and self.shown[0] == request else None
-        self.shown = request, found
-        self._tell()
+        with self.latest.showing(check):
+            self.levels.value = self.density.draw([self._densities(request.grid)])
+            self.errors.value = self.plot.draw([{solver: (one["evaluations"], one["error"], None) for solver, one in found.items()}])
+            self.repair = self.repair if self.shown is not None and self.shown[0] == request else None
+            self.shown = request, found
+            self._tell()
 
     def _search(self, request, check):
         "Find the best constant lambda of grid and solver."
         self.repair = repair(self.mixture, Run(grid=request.grid, solver=request.solver), 8 * self.count, check=check)
-        check()
-        self._tell()
+        with self.latest.showing(check):
+            self._tell()
 
     def _rows(self):
         "Solvers as rows of text."

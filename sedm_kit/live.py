@@ -85,6 +85,15 @@ class Latest:
                 self.busy = True
                 threading.Thread(target=self._work, name="sedm_kit", daemon=True).start()
 
+    @contextmanager
+    def showing(self,
+        check: Callable,   # as the stage got it
+    ):
+        "For the end of a stage: raises Stale, or holds newer requests back until everything is shown, so that no old result covers a newer message."
+        with self.changed:
+            check()
+            yield
+
     def wait(self,
         timeout: float | None = None,   # seconds; None: as long as it takes
     ) -> bool:                          # whether everything is done
@@ -123,7 +132,9 @@ class Latest:
         except Stale:
             return
         except Exception as error:  # shown by the widget; a thread's traceback would be lost
-            self.failed(request, error)
+            with self.changed:
+                if self.asked == number:  # what failed for an older request is nobody's concern any more
+                    self.failed(request, error)
 
 # %% ../nbs/15_live.ipynb #95f41463
 class Watched:

@@ -239,5 +239,5 @@ def beside(
     pictures,     # widgets below each other
 ) -> widgets.HBox:
     "Controls beside pictures where there is room, above them where there is not; what is too wide scrolls."
-    right = widgets.VBox(list(pictures), layout={"flex": "1 1 640px", "min_width": "0px", "overflow": "auto"})
+    right = widgets.VBox(list(pictures), layout={"flex": "1 1 580px", "min_width": "0px", "overflow": "auto"})
     return widgets.HBox([controls, right], layout={"flex_flow": "row wrap"})

@@ -200,7 +200,7 @@ class Tuner(Live):
         self.own, self.initial, self.folder, self.all = (world if isinstance(world, World) else None), knobs, Path(folder), {}
         self.first, self.counts, self.surfaces, self.note = world.name if self.own else world, counts, {}, ""
         self.controls = Controls(dict.fromkeys((self.first, *WORLDS)))
-        self.plot, self.surface_map = LivePlot(["norm of ε: sampling / training", "variance / that of noised data"], ["plain", "now"]), SurfaceMap()
+        self.plot, self.surface_map = LivePlot(["norm of ε: sampling / training", "variance / that of noised data"], ["plain", "now"], (600, 250)), SurfaceMap()
         self.measuring = Latest([self._measure], self._failed)
         super().__init__([*self.controls.values, self._make_view()], [lambda request, check, n=n: self._stage(request, n, check) for n in counts], self._place())
         self.controls.handle_moved = self._changed
@@ -209,16 +209,16 @@ class Tuner(Live):
     def _make_view(self):
         "Everything that shows something."
         self.view = widgets.ToggleButtons(options=VIEWS, tooltip="what is shown of the images", style={"button_width": "140px"}).add_class("sedm-view")
-        self.images, self.curves, self.map = picture(560, 140, "sedm-images"), picture(620, 250, "sedm-curves"), picture(320, 250, "sedm-map")
+        self.images, self.curves, self.map = picture(560, 140, "sedm-images"), picture(600, 250, "sedm-curves"), picture(320, 250, "sedm-map")
         self.table, self.measured = widgets.HTML().add_class("sedm-table"), widgets.FloatProgress(min=0, max=1, layout={"width": "320px", "height": "8px", "visibility": "hidden"})
-        self.code = widgets.Textarea(layout={"width": "620px", "height": "190px", "display": "none"}, tooltip="the setting as Python").add_class("sedm-code")
+        self.code = widgets.Textarea(layout={"width": "600px", "height": "190px", "display": "none"}, tooltip="the setting as Python").add_class("sedm-code")
         return self.view
 
     def _place(self):
         "Controls on the left, pictures on the right."
-        hint = widgets.HTML('<span style="font-size:11px">Nothing moves any more? The kernel was restarted: run this cell again.</span>').add_class("sedm-hint")
+        hint = widgets.HTML('<span style="font-size:11px">Nothing moves any more? The kernel was<br>restarted: run this cell again.</span>').add_class("sedm-hint")
         bands = widgets.HTML('<span style="font-size:11px">Bands: ± 2 standard errors. Plain: the same seeds without scaling and guidance.</span>')
-        left = widgets.VBox([self.controls, self._buttons(), hint], layout={"flex": "0 0 auto"})
+        left = widgets.VBox([self.controls, self._buttons(), hint], layout={"flex": "0 0 auto", "width": "352px"})
         return [self.controls.handles, beside(left, [self.view, self.images, self.curves, bands, widgets.HBox([widgets.VBox([self.map, self.measured]), self.table], layout={"flex_flow": "row wrap"}), self.code])]
 
     def _begin(self):
@@ -289,8 +289,8 @@ class Tuner(Live):
                 self.progress(len(calls) / total)
         try:
             shown = previews.run(request.knobs, n, tick)
-            check()
-            self.show(shown, request)
+            with self.latest.showing(check):
+                self.show(shown, request)
         finally:
             self.progress(None)
 
@@ -333,7 +333,8 @@ class Tuner(Live):
         self.surfaces[request.world, request.knobs.ground()] = found
         points = len(found["lambdas"]) * len(found["weights"])
         note = f"Map of {request.world}, {request.knobs.solver}, {request.knobs.steps} steps measured: {points} points of {found['n']} images, seeds {found['seeds'][0]} to {found['seeds'][1]}."
-        self.latest.submit(replace(self.request, note=note))
+        if not self.wrong:  # an error that was told meanwhile stays
+            self.latest.submit(replace(self.request, note=note))
 
     def press_auto(self):
         "Take the spectrum's lambda, and nothing else."

@@ -156,6 +156,8 @@ def tuner(lab, browser):
 
 def test_it_opens(tuner):
     tuner.says("λ = 1, no guidance; euler, 18 steps")
+    controls, images = (tuner.locator(css).first.bounding_box() for css in (".sedm-w", ".sedm-curves"))
+    assert images["x"] >= controls["x"] + controls["width"]  # beside each other on a usual screen
     tuner.photograph("tuner-start")
     for css in (".sedm-images", ".sedm-curves", ".sedm-map"):
         assert len(tuner.bytes_of(css)) > 1000
@@ -241,7 +243,7 @@ def test_narrow_windows_lose_nothing(tuner, width):
     "Pictures keep their size and can be reached."
     tuner.set_viewport_size({"width": width, "height": 1300})
     tuner.wait_for_timeout(600)
-    for css, wide in ((".sedm-images", 560), (".sedm-curves", 620), (".sedm-map", 320)):
+    for css, wide in ((".sedm-images", 560), (".sedm-curves", 600), (".sedm-map", 320)):
         place = tuner.locator(f"img{css}, {css} img").first
         place.scroll_into_view_if_needed()
         assert abs(place.bounding_box()["width"] - wide) < 2, (width, css, place.bounding_box())
@@ -397,6 +399,7 @@ def test_epsilon_explorer(packaged):
     widget.choose(".sedm-solver", "euler")
     expect(widget.place.locator(".sedm-repair-both").first).to_contain_text("λ = 1.01")
     widget.changes(".sedm-curves", lambda: widget.place.locator(".sedm-repair-both").first.click())
+    expect(widget.place.locator(".sedm-lambda input").last).to_have_value(re.compile(r"1\.01"))  # the kernel's answer is there before the next is typed
     widget.typed(".sedm-lambda", 0)
     widget.says("lambda must be finite and positive")
     packaged.photograph("epsilon-explorer")

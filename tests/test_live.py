@@ -72,6 +72,43 @@ def test_none_drops_what_is_going_on():
     assert not latest.busy
 
 
+def test_no_old_result_covers_a_newer_message():
+    "Between the last check and the last word of a result, a newer request has to wait."
+    said, inside = [], threading.Event()
+    def stage(request, check):
+        with latest.showing(check):
+            inside.set()
+            time.sleep(0.05)
+            said.append(f"result of {request}")
+    latest = Latest([stage], failed=None)
+    latest.submit("old")
+    inside.wait(5)
+    latest.submit(None)
+    said.append("refused")
+    latest.wait(5)
+    assert said == ["result of old", "refused"]
+    inside.clear()
+    latest.submit("old")
+    latest.submit(None)
+    said.append("refused again")
+    latest.wait(5)
+    assert said[-1] == "refused again"
+
+
+def test_errors_of_older_requests_are_not_told():
+    told, going = [], threading.Event()
+    def stage(request, check):
+        going.set()
+        time.sleep(0.1)
+        raise ValueError(request)
+    latest = Latest([stage], failed=lambda request, error: told.append(request))
+    latest.submit("old")
+    going.wait(5)
+    latest.submit(None)
+    latest.wait(5)
+    assert told == []
+
+
 def test_errors_are_told_and_work_goes_on():
     told, seen = [], []
     def stage(request, check):
