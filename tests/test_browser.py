@@ -172,8 +172,8 @@ def test_drag(tuner):
     tuner.mouse.move(slider["x"] + slider["width"] * 0.8, slider["y"] + slider["height"] / 2, steps=12)
     tuner.mouse.up()
     tuner.changes(".sedm-images", before)
+    tuner.wait_for_function("() => { const value = parseFloat([...document.querySelectorAll('.sedm-lambda input')].at(-1).value); return 1.04 < value && value < 1.07 }")  # previews come before the drag ends
     value = float(tuner.locator(".sedm-lambda input").last.input_value())
-    assert 1.04 < value < 1.07
     tuner.says(f"λ = {value:g}, no guidance")
     tuner.says("1000 images")
     tuner.says("resolved" if "resolved" in tuner.locator(".sedm-table").inner_text() else "o", ".sedm-table")
@@ -183,9 +183,9 @@ def test_keys(tuner):
     tuner.typed(".sedm-lambda", 1.02)
     tuner.says("λ = 1.02,")
     tuner.locator(".sedm-lambda .noUi-handle").focus()
-    for _ in range(3):
+    for k in (1, 2, 3):
         tuner.keyboard.press("ArrowRight")
-    tuner.says("λ = 1.023,")
+        tuner.says(f"λ = 1.02{k},")
 
 
 def test_typed_values_and_errors(tuner):
@@ -286,12 +286,12 @@ def test_measure_a_surface(tuner):
 
 def test_schedules_and_worlds(tuner):
     tuner.locator(".sedm-reset").click()
+    tuner.says("λ = 1, no guidance; euler, 18 steps")
     tuner.locator(".sedm-shape select").select_option("per step")
     tuner.locator(".sedm-handles .widget-slider").nth(17).wait_for()
     tuner.locator(".sedm-handles .noUi-handle").nth(2).focus()
-    for _ in range(5):
-        tuner.keyboard.press("ArrowUp")
-    tuner.says("λ per step, 1.000 to 1.005")
+    tuner.keyboard.press("ArrowUp")
+    tuner.says("λ per step, 1.000 to 1.001")
     tuner.photograph("tuner-handles")
     tuner.locator(".sedm-shape select").select_option("constant")
     tuner.locator(".sedm-world select").select_option("patches")
