@@ -1,23 +1,15 @@
-"""Files in the formats of EDM, STF and torch, written from stand-ins: what the tests of the readers read.
+"""Files in the formats of EDM, STF and torch: what the tests of the readers read.
 
-Nothing here is EDM's code: the classes are empty, and only the structure of the pickles is the same (each module reduces to a call
-of `torch_utils.persistence._reconstruct_persistent_obj` with its attributes and a source text)."""
-import contextlib
-import pickle
+The structure is that of `sedm_kit.rehearsal`; here are the variants that only old or unusual files have, and pickles by hand."""
 import struct
 import sys
 from types import ModuleType
 from unittest.mock import patch
 
 import numpy as np
-import torch
-from torch import nn
 
-SOURCE = "raise SystemExit('the source text of a checkpoint was run')\n"
-
-
-def _reconstruct_persistent_obj(meta):
-    raise AssertionError("never called")
+from sedm_kit import rehearsal
+from sedm_kit.rehearsal import SOURCE, stand_in  # noqa: F401 (SOURCE and stand_in are to be had from here)
 
 
 def scalar(kind, data):
@@ -26,25 +18,6 @@ def scalar(kind, data):
 
 class EasyDict(dict):
     "A dictionary under the name that EDM's settings have."
-
-
-@contextlib.contextmanager
-def edm_names():
-    "The modules of EDM's repository, and numpy 1's, exist while a file is written."
-    modules = {name: ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util",
-                                                   "numpy.core", "numpy.core.multiarray")}
-    for item, name in ((_reconstruct_persistent_obj, "torch_utils.persistence"), (EasyDict, "dnnlib.util"), (scalar, "numpy.core.multiarray")):
-        item.__module__ = name
-        setattr(modules[name], item.__name__, item)
-    with patch.dict(sys.modules, modules):
-        yield
-
-
-class Persistent(nn.Module):
-    "Pickles itself as EDM's persistent objects do."
-    def __reduce__(self):
-        meta = dict(type="class", version=6, module_src=SOURCE, class_name=type(self).__name__, state=dict(vars(self)))
-        return _reconstruct_persistent_obj, (meta,)
 
 
 class Numpy1:
@@ -56,50 +29,19 @@ class Numpy1:
         return scalar, self.value.__reduce__()[1]
 
 
-def stand_in(class_name: str, args=(), kwargs=None, **attributes) -> Persistent:
-    "An empty module of this name, with recorded arguments."
-    module = type(class_name, (Persistent,), {})()
-    module._init_args, module._init_kwargs = args, {} if kwargs is None else kwargs
-    vars(module).update(attributes)
-    return module
-
-
-def like_edm(model: nn.Module, args=(), numpy_1=False) -> Persistent:
-    "A denoiser of ours as EDM's module tree: same class name, arguments, names and tensors."
-    kwargs = {key: value for key, value in model.config.items() if key not in ("img_resolution", "img_channels")[:len(args)]}
-    root = stand_in(type(model).__name__, args, kwargs, img_resolution=model.img_resolution, use_fp16=False)
-    scale = Numpy1(np.sqrt(0.5)) if numpy_1 else np.sqrt(0.5)
-    parameters = dict(model.named_parameters())
-    for name, tensor in model.state_dict().items():
-        *path, last = name.split(".")
-        module = root
-        for depth, part in enumerate(path):
-            if part not in module._modules:
-                inner = nn.ModuleDict() if part in ("enc", "dec") else stand_in(model.config["model_type"] if depth == 0 else "Conv2d",
-                                                                                 resample_filter=None, skip_scale=scale)
-                module.add_module(part, inner)
-            module = module._modules[part]
-        if name in parameters:
-            module.register_parameter(last, nn.Parameter(tensor.clone(), requires_grad=False))
-        else:
-            vars(module).pop(last, None)
-            module.register_buffer(last, tensor.clone())
-    for module in root.modules():
-        if isinstance(module, Persistent) and "weight" in module._parameters:
-            module._parameters.setdefault("bias", None)
-            vars(module).pop("resample_filter", None)
-            module._buffers.setdefault("resample_filter", None)  # unused filters are there as None
-    return root
+def like_edm(model, args=(), numpy_1=False):
+    "A denoiser of ours as EDM's module tree."
+    return rehearsal.like_edm(model, args, Numpy1(np.sqrt(0.5)) if numpy_1 else np.sqrt(0.5))
 
 
 def write(path, content, how="pickle", protocol=4):
-    "A plain pickle, or a file of torch.save in its newer or older format."
-    with edm_names():
-        if how == "pickle":
-            path.write_bytes(pickle.dumps(content, protocol=protocol))
-        else:
-            torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    return path
+    "A file, written while numpy 1's module and that of EDM's settings exist too."
+    modules = {name: ModuleType(name) for name in ("dnnlib", "dnnlib.util", "numpy.core", "numpy.core.multiarray")}
+    for item, name in ((EasyDict, "dnnlib.util"), (scalar, "numpy.core.multiarray")):
+        item.__module__ = name
+        setattr(modules[name], item.__name__, item)
+    with patch.dict(sys.modules, modules):
+        return rehearsal.write_edm(path, content, how, protocol)
 
 
 # ---- pickles by hand
