@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -150,6 +151,7 @@ class Live(widgets.VBox):
         self.bar = widgets.FloatProgress(min=0, max=1, layout={"width": "360px", "height": "10px", "visibility": "hidden"}).add_class("sedm-progress")
         self.latest = Latest(stages, self._failed, settle)
         super().__init__([self.status, *layout, self.bar])
+        self.turn = threading.RLock()  # front ends may send changes on more than one thread of the kernel
         self.paused, self.request, self.wrong, self.shown = False, None, False, None  # shown: what the pictures were made of
         for control in controls:
             control.observe(self._changed, "value")
@@ -168,6 +170,11 @@ class Live(widgets.VBox):
 
     def _changed(self, _=None):
         "Ask for what the controls say; only the kernel's own thread may do so."
+        with self.turn:
+            self._ask()
+
+    def _ask(self):
+        "One change at a time: read, refuse or submit."
         if self.paused:
             return
         try:
@@ -195,8 +202,9 @@ class Live(widgets.VBox):
         change: Callable,  # moves controls
     ):
         "Move several controls as one change."
-        self.set_quietly(change)
-        self._changed()
+        with self.turn:
+            self.set_quietly(change)
+            self._changed()
 
     def say(self,
         text: str,            # plain words

@@ -245,22 +245,25 @@ class Tuner(Live):
         except (ValueError, TypeError, OSError) as error:
             self.say(str(error), wrong=True)
 
-    def previews(self) -> Previews:
-        "The results of the chosen world."
-        name = self.controls.world.value
+    def previews(self,
+        name: str | None = None,  # of a world; None: the chosen one
+    ) -> Previews:
+        "The results of a world."
+        name = name or self.controls.world.value
         if name not in self.all:
             self.all[name] = Previews(self.own if self.own and name == self.own.name else load_world(name))
         return self.all[name]
 
     def read(self) -> Request:
         "The controls as a request, refused if the sampler could not run it."
-        world = self.previews().world
+        name = self.controls.world.value  # once: what the front end sends next is another request
+        world = self.previews(name).world
         self.set_quietly(lambda: self.controls.adapt(world))
         knobs = self.controls.read(world)
         sampler_arguments(knobs, world)
         if not self.controls.w.text.disabled:
             self.controls.window_note.value = window_text(replace(knobs, window=tuple(self.controls.window.value)), world)
-        return Request(self.controls.world.value, knobs, self.view.value, self.note)
+        return Request(name, knobs, self.view.value, self.note)
 
     def _changed(self, change=None):
         "A control was moved: what a button said no longer holds."
@@ -365,6 +368,7 @@ class Tuner(Live):
         request = self.read()
         if stored := stored_surface(self.previews().world, request.knobs):
             raise ValueError(f"the world comes with a map for this setting, of {stored['n']} images per point; one of {GRID['n']} would be coarser")
+        self.say(f"measuring a map of {request.knobs.solver}, {request.knobs.steps} steps …")
         self.measuring.submit(request)
 
     def press_copy(self):

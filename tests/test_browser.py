@@ -172,7 +172,8 @@ def test_drag(tuner):
     tuner.mouse.move(slider["x"] + slider["width"] * 0.8, slider["y"] + slider["height"] / 2, steps=12)
     tuner.mouse.up()
     tuner.changes(".sedm-images", before)
-    tuner.wait_for_function("() => { const value = parseFloat([...document.querySelectorAll('.sedm-lambda input')].at(-1).value); return 1.04 < value && value < 1.07 }")  # previews come before the drag ends
+    tuner.wait_for_function("() => { const value = parseFloat([...document.querySelectorAll('.sedm-lambda input')].at(-1).value); return 1.04 < value && value < 1.07 }")
+    tuner.wait_for_timeout(1000)  # previews come before the drag's last value does
     value = float(tuner.locator(".sedm-lambda input").last.input_value())
     tuner.says(f"λ = {value:g}, no guidance")
     tuner.says("1000 images")
